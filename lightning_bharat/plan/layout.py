@@ -1,0 +1,170 @@
+"""How many ways each cut is made: the sizes of all dimensions of parallelism, their ranks and their mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lightning_bharat.plan.model_plan import ModelPlan
+
+# From the outermost to the innermost: tensor ranks are neighbours on a host, where links are fast.
+AXES = ("pipeline", "data", "context", "tensor")
+
+
+class LayoutError(ValueError):
+    """A layout that does not fit the devices or the model; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the dimensions of parallelism.
+
+    Devices = ``data`` × ``tensor`` × ``pipeline`` × ``context``. Experts are spread over ranks that are also data (and
+    context) ranks: ``expert`` divides ``data`` × ``context``. ``replicate`` is the number of copies of the sharded
+    parameters inside the data dimension (hybrid sharding): it divides ``data``.
+
+    Raises:
+        LayoutError: a size is not a positive whole number, or does not divide what it is taken from.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    replicate: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise LayoutError(f"Layout({field.name}={size!r}): a size is a whole number from 1 up")
+        if self.data % self.replicate:
+            raise LayoutError(
+                f"Layout(data={self.data}, replicate={self.replicate}): the copies must divide the data ranks; "
+                f"write replicate={_nearest_divisor(self.data, self.replicate)}"
+            )
+        if (self.data * self.context) % self.expert:
+            raise LayoutError(
+                f"Layout(data={self.data}, context={self.context}, expert={self.expert}): experts are spread over "
+                f"data × context = {self.data * self.context} ranks, which {self.expert} does not divide; "
+                f"write expert={_nearest_divisor(self.data * self.context, self.expert)}"
+            )
+
+    @property
+    def devices(self) -> int:
+        """Number of ranks."""
+        return prod(self._sizes())
+
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where ``rank`` stands on each axis.
+
+        >>> Layout(data=2, tensor=2).coordinates(3)
+        {'pipeline': 0, 'data': 1, 'context': 0, 'tensor': 1}
+        """
+        if not 0 <= rank < self.devices:
+            raise LayoutError(f"rank {rank} is not one of the {self.devices} ranks of {self}")
+        found = {}
+        for axis, size in reversed(list(zip(AXES, self._sizes(), strict=True))):
+            rank, found[axis] = divmod(rank, size)
+        return {axis: found[axis] for axis in AXES}
+
+    def rank(self, **coordinates: int) -> int:
+        """The rank at these coordinates; axes that are not named are 0. Inverse of :meth:`coordinates`."""
+        number = 0
+        for axis, size in zip(AXES, self._sizes(), strict=True):
+            number = number * size + coordinates.get(axis, 0)
+        return number
+
+    def peers(self, rank: int, axis: str) -> list[int]:
+        """Ranks that differ from ``rank`` on ``axis`` only, in order, itself among them."""
+        here = self.coordinates(rank)
+        return [self.rank(**{**here, axis: i}) for i in range(getattr(self, axis))]
+
+    def name(self, rank: int) -> str:
+        """A rank's name in messages.
+
+        >>> Layout(data=4, tensor=2).name(5)
+        'rank 5 (data 2, tensor 1)'
+        """
+        where = [f"{axis} {i}" for axis, i in self.coordinates(rank).items() if getattr(self, axis) > 1]
+        return f"rank {rank} ({', '.join(where)})" if where else f"rank {rank}"
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The ``DeviceMesh``: axes ``"pipeline_parallel"`` and ``"context_parallel"`` where they are cut, always
+        ``"data_parallel"`` and ``"tensor_parallel"`` (Lightning's names). Every rank must call it.
+
+        Raises:
+            LayoutError: the process group has another number of ranks.
+        """
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if dist.get_world_size() != self.devices:
+            raise LayoutError(f"{self} needs {self.devices} ranks, and {dist.get_world_size()} were started")
+        kept = [axis for axis in AXES if axis in ("data", "tensor") or getattr(self, axis) > 1]
+        return init_device_mesh(
+            device_type,
+            tuple(getattr(self, axis) for axis in kept),
+            mesh_dim_names=tuple(f"{axis}_parallel" for axis in kept),
+        )
+
+    def check(self, plan: ModelPlan, devices: int | None = None) -> None:
+        """Refuse a layout that does not fit the number of devices or the model.
+
+        Raises:
+            LayoutError: names the size, what it must divide and the sizes that would do.
+        """
+        if devices is not None and devices != self.devices:
+            raise LayoutError(
+                f"{self} needs data × tensor × pipeline × context = {self.devices} devices, and there are {devices}; "
+                f"write data_parallel_size={max(devices // (self.devices // self.data), 1)} "
+                f"or devices={self.devices}"
+            )
+        for cut in plan.all_cuts():
+            if cut.units % self.tensor:
+                fits = [n for n in range(1, cut.units + 1) if cut.units % n == 0]
+                raise LayoutError(
+                    f"tensor_parallel_size={self.tensor} does not divide the {cut.units} {cut.unit} of "
+                    f"{', '.join(c.module for c in cut.columns)}; sizes that do: {', '.join(map(str, fits[:8]))}"
+                )
+        if self.pipeline > plan.depth:
+            raise LayoutError(
+                f"pipeline_parallel_size={self.pipeline} is more than the {plan.depth} blocks of {plan.blocks!r}; "
+                f"write at most {plan.depth}"
+            )
+
+    @classmethod
+    def legal(cls, plan: ModelPlan, devices: int) -> list[Layout]:
+        """All data × tensor × pipeline layouts of ``devices`` ranks that :meth:`check` accepts."""
+        found = []
+        for data, tensor, pipeline in product(_divisors(devices), repeat=3):
+            if data * tensor * pipeline != devices:
+                continue
+            layout = cls(data=data, tensor=tensor, pipeline=pipeline)
+            try:
+                layout.check(plan)
+            except LayoutError:
+                continue
+            found.append(layout)
+        return found
+
+    def __str__(self) -> str:
+        cut = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1]
+        return f"Layout({', '.join(cut)})"
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min(_divisors(number), key=lambda n: abs(n - wanted))
