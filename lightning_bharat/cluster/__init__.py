@@ -1,0 +1,1 @@
+"""Where ranks run: started warm on this host, supervised, queued, launched on others."""

@@ -1,0 +1,68 @@
+"""What a warm rank does between its fork and its end; runs in the rank's own process."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection, wait
+
+# Asks a rank for its stacks. SIGQUIT means that to a JVM as well, and neither Lightning nor Slurm use it.
+STACKS_SIGNAL = signal.SIGQUIT
+
+
+def main(channel: Connection, call: bytes, environment: dict[str, str], folder: str) -> None:
+    """Run the pickled ``(function, args, kwargs)`` and send how it ended through ``channel``.
+
+    A rank that returned waits for the word to leave: rank 0 hosts the store, so none may leave while others work.
+    """
+    os.setpgrp()  # the rank leads a group: its loader's workers can be ended with it
+    _write_to(os.path.join(folder, "output"))
+    stacks = open(os.path.join(folder, "stacks"), "w")  # noqa: SIM115 - open as long as the process
+    faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        function, args, kwargs = pickle.loads(call)  # our own parent's bytes, through a pipe
+        answer = pickle.dumps(("value", function(*args, **kwargs)))
+    except BaseException as error:
+        _send(channel, pickle.dumps(("error", (type(error).__qualname__, str(error), traceback.format_exc()))))
+        sys.stdout.flush()
+        # Not sys.exit: a half-dead process group may keep threads and finalizers waiting, and peers wait for our end.
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+    _send(channel, answer)
+    channel.poll(None)
+
+
+def _send(channel: Connection, answer: bytes) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    channel.send_bytes(answer)
+
+
+def _write_to(path: str) -> None:
+    """Let stdout and stderr, also those of C++ code, go to one file."""
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(target, number)
+    os.close(target)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - line-buffered, in order with stderr
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def _end_with_parent() -> None:
+    """No orphans: whoever started the job is gone, so nobody reads what this rank would find."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
