@@ -1,0 +1,101 @@
+"""A checkpoint as a directory that is whole or does not exist.
+
+It is written beside its place under a hidden name, brought to disk, and then given its name by one rename. Where an older
+one of that name is there, both names are exchanged in one step of the kernel, so that a process killed at any moment
+leaves the old or the new checkpoint, never half of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+
+
+def local_path(path: Any) -> Path:
+    """``path`` as a :class:`Path`.
+
+    Raises:
+        CheckpointError: it is a URL; checkpoints are written to file systems.
+    """
+    if "://" in str(path):
+        raise CheckpointError(f"{path!s} is a URL; checkpoints are directories: write to a mounted path and copy it")
+    return Path(os.path.abspath(path))
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A hidden sibling of ``path`` for all ranks to write to, which becomes ``path`` when the block has ended.
+
+    All ranks must enter it. Where the block raises, ``path`` stays as it was.
+    """
+    staging = on_rank_zero(lambda: _stage(path))
+    try:
+        yield staging
+        on_rank_zero(lambda: commit(staging, path))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _stage(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a save that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    staging.mkdir()
+    return staging
+
+
+def commit(staging: Path, path: Path) -> None:
+    """Give ``staging`` the name ``path`` for good; what had that name is removed after."""
+    _sync(staging)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    if not path.exists():
+        os.rename(staging, path)
+        _sync(path.parent)
+        return
+    if not _exchange(staging, path):
+        aside = staging.with_suffix(".old")
+        os.rename(path, aside)
+        os.rename(staging, path)
+        staging = aside
+    _sync(path.parent)
+    shutil.rmtree(staging)
+
+
+def remove(path: Path) -> None:
+    """Remove the checkpoint ``path``: first its name, so that a process killed here leaves no half checkpoint."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step (Linux's ``renameat2``). ``False`` where the system or the file system can't."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

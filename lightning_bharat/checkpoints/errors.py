@@ -1,0 +1,60 @@
+"""The one error of checkpoints, and how all ranks come to raise it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written, or can't be loaded here; the message says what is wrong and what to do."""
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """What ``function`` returns on rank 0, given to every rank. All ranks must call it; only rank 0 runs ``function``.
+
+    Raises:
+        CheckpointError: on every rank, with rank 0's words, where ``function`` failed.
+    """
+    if not dist.is_initialized():
+        return function()
+    box: list[Any] = [None, ""]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except Exception as raised:
+            error, box[1] = raised, _words(raised)
+    dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise CheckpointError(box[1]) from error
+    return box[0]
+
+
+def together(function: Callable[[], T]) -> T:
+    """Run ``function`` on every rank; where one fails, all raise. All ranks must call it.
+
+    Raises:
+        CheckpointError: with the words of the first rank that failed.
+    """
+    if not dist.is_initialized():
+        return function()
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    words: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(words, _words(error) if error else "")
+    for said in words:
+        if said:
+            raise CheckpointError(said) from error
+    return result  # type: ignore[return-value]
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

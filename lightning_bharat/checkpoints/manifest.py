@@ -1,0 +1,144 @@
+"""`MANIFEST.json`: what a checkpoint is, for people and for checks, without opening its tensors."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_bharat.checkpoints.errors import CheckpointError
+from lightning_bharat.checkpoints.index import read_json, write_json
+from lightning_bharat.plan.layout import Layout
+from lightning_bharat.plan.model_plan import ModelPlan
+
+MANIFEST = "MANIFEST.json"
+FORMAT = "lightning_bharat"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is written down about a checkpoint.
+
+    Attributes:
+        step, epoch: the trainer's ``global_step`` and ``current_epoch``.
+        layout: sizes of the :class:`Layout` that saved it.
+        plan: the :class:`ModelPlan` it was cut by (:meth:`ModelPlan.to_dict`), or ``None``.
+        hugging_face: :func:`hugging_face` of the module, or ``None``.
+        versions: of Python, torch and the libraries around.
+        files: each file's size in bytes, by name: ``{"rank_00000.safetensors": {"bytes": 4096}}``.
+        format, version: of the checkpoint's form.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    layout: dict[str, int] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+    hugging_face: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: str = FORMAT
+    version: int = VERSION
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: dict[str, Any],
+        layout: Layout | None = None,
+        plan: ModelPlan | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> Manifest:
+        """What is known before the files are: ``checkpoint`` is Lightning's dict."""
+        return cls(
+            step=int(checkpoint.get("global_step", 0)),
+            epoch=int(checkpoint.get("epoch", 0)),
+            layout=asdict(layout or Layout()),
+            plan=plan.to_dict() if plan else None,
+            hugging_face=hugging_face(module) if module else None,
+            versions=_versions(),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write it to ``folder``, with the sizes of all files that are there, and bring it to disk."""
+        files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+        write_json(folder / MANIFEST, {**asdict(self), "files": files})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of the checkpoint in ``folder``, whose files it checks to be there with the right sizes.
+
+        Raises:
+            CheckpointError: not a checkpoint of ours, of a newer form, damaged, or an incomplete copy.
+        """
+        content = read_json(folder / MANIFEST)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{folder / MANIFEST} is not the manifest of a lightning_bharat checkpoint")
+        if content.get("version") != VERSION:
+            raise CheckpointError(
+                f"{folder} is a checkpoint of form {content.get('version')!r}; this lightning_bharat reads form "
+                f"{VERSION}: use the version that wrote it, {content.get('versions')}"
+            )
+        known = {f.name for f in fields(cls)}
+        found = cls(**{key: value for key, value in content.items() if key in known})
+        found.check_files(folder)
+        return found
+
+    def check_files(self, folder: Path) -> None:
+        """Compare the files in ``folder`` with the list.
+
+        Raises:
+            CheckpointError: one is missing, or has another size.
+        """
+        for name, said in self.files.items():
+            path = folder / Path(name).name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing: {folder} is an incomplete copy of a checkpoint")
+            if (size := path.stat().st_size) != said["bytes"]:
+                raise CheckpointError(
+                    f"{path} has {size} bytes and was written with {said['bytes']}: {folder} is damaged"
+                )
+
+
+def hugging_face(module: torch.nn.Module) -> dict[str, Any] | None:
+    """What an export needs of the one Hugging Face model in ``module``: the prefix of its names, its class and config.
+
+    ``None`` where there is none, or more than one.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or "transformers.modeling_utils" not in sys.modules:
+        return None
+    kind = transformers.PreTrainedModel
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, kind)]
+    tops = [(name, m) for name, m in found if not any(name != n and name.startswith(f"{n}." if n else "") for n, _ in found)]
+    if len(tops) != 1:
+        return None
+    name, model = tops[0]
+    generation = getattr(model, "generation_config", None)
+    return {
+        "prefix": f"{name}." if name else "",
+        "class": _class_name(model),
+        "config": json.loads(model.config.to_json_string()),
+        "generation_config": json.loads(generation.to_json_string()) if generation else None,
+    }
+
+
+def _class_name(model: torch.nn.Module) -> str:
+    """Name of the model's class; FSDP2 puts a class of its own with the prefix ``FSDP`` in front of it."""
+    names = [c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")]
+    return names[0] if names else type(model).__name__
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "lightning", "lightning-bharat", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,115 @@
+"""A checkpoint that lies on disk: opened without reading its tensors, which are read where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lightning_bharat.checkpoints.dcp import load_shares, save_shares
+from lightning_bharat.checkpoints.directory import new_directory
+from lightning_bharat.checkpoints.document import as_plain, put_back, read_state, take_shares, write_state
+from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
+from lightning_bharat.checkpoints.index import read_index
+from lightning_bharat.checkpoints.manifest import MANIFEST, Manifest
+from lightning_bharat.checkpoints.share import Share
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a checkpoint that hasn't been read. It stands in Lightning's dict where the tensor would."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    checkpoint: Checkpoint
+
+    def read(self) -> Tensor:
+        """The whole tensor, in host memory."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        load_into([(Share.of(whole), self)])
+        return whole
+
+
+class Checkpoint:
+    """A checkpoint directory, opened.
+
+    Raises:
+        CheckpointError: it isn't one, is damaged, or an incomplete copy.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+
+    @cached_property
+    def index(self) -> Metadata:
+        """What tensors there are and where; read when first needed."""
+        return read_index(self.folder)
+
+    def load(self) -> dict[str, Any]:
+        """Lightning's dict, with a :class:`StoredTensor` for each tensor that is stored in shares."""
+        return put_back(read_state(self.folder), self.stored)
+
+    def stored(self, name: str) -> StoredTensor:
+        """The stored tensor ``name``."""
+        entry = self.index.state_dict_metadata.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder} is damaged: it names tensor {name!r}, which its index does not have")
+        entry = cast(TensorStorageMetadata, entry)
+        return StoredTensor(name, entry.size, entry.properties.dtype, self)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint directory of ours."""
+    return (path / MANIFEST).is_file()
+
+
+def save(path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
+    """Write Lightning's dict to the directory ``path``, which appears when it is whole. All ranks must call it.
+
+    Shares and DTensors anywhere in ``checkpoint`` are written by the ranks that hold them; the rest is rank 0's.
+
+    Raises:
+        CheckpointError: on every rank, with the first reason; ``path`` is then as it was before.
+    """
+    tree, shares = take_shares(checkpoint)
+    tree = together(lambda: as_plain(tree))
+    with new_directory(path) as staging:
+        save_shares(staging, shares)
+
+        def finish() -> None:
+            write_state(staging, tree)
+            manifest.write(staging)
+
+        on_rank_zero(finish)
+
+
+def load_into(targets: Iterable[tuple[Share, StoredTensor | Tensor]]) -> None:
+    """Fill shares from stored tensors (a rank reads its parts alone) or from whole tensors.
+
+    No communication. Shapes must agree.
+
+    Raises:
+        CheckpointError: a file can't be read, or a shape differs.
+    """
+    rounds: list[tuple[Checkpoint, dict[str, Share]]] = []
+    for share, value in targets:
+        if tuple(value.shape) != share.shape:
+            raise CheckpointError(f"a tensor of shape {list(value.shape)} can't be loaded into {list(share.shape)}")
+        if isinstance(value, Tensor):
+            share.fill(value)
+            continue
+        # One stored tensor may go to several places (weights that are no longer tied): these take a round each.
+        free = next((r for c, r in rounds if c is value.checkpoint and value.name not in r), None)
+        if free is None:
+            rounds.append((value.checkpoint, free := {}))
+        free[value.name] = share
+    for checkpoint, shares in rounds:
+        load_shares(checkpoint.folder, checkpoint.index, shares)

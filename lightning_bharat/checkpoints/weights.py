@@ -1,0 +1,142 @@
+"""A module's state by full names: to shares, and from stored or whole tensors into a module that is cut in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_bharat.checkpoints.errors import CheckpointError
+from lightning_bharat.checkpoints.share import Share
+from lightning_bharat.checkpoints.stored import StoredTensor, load_into
+from lightning_bharat.plan.shards import TensorSlice, gather, shape_of_whole
+
+Slices = Mapping[str, TensorSlice]
+SHOWN = 8  # names in an error
+
+
+def parameter_names(module: nn.Module) -> dict[int, str]:
+    """Full name of each parameter by its ``id``; the first name of tied ones."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()  # after an evaluation the root may hold gathered parameters, which are other objects
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """For each name of a parameter or buffer the first name that the same tensor has."""
+    found: dict[int, str] = {}
+    both = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: found.setdefault(id(tensor), name) for name, tensor in both}
+
+
+def as_shares(state: Mapping[str, Any], module: nn.Module, slices: Slices, first_replica: bool) -> dict[str, Any]:
+    """A module's ``state_dict`` with a :class:`Share` for each tensor, the same object for tied ones.
+
+    Buffers are stored as the first replica (``first_replica``: data and tensor rank 0) has them.
+
+    Raises:
+        CheckpointError: the module is cut and ``state`` has a tensor under a name that isn't the module's, so that it
+            can't be known how it is cut.
+    """
+    parameter_names(module)  # for its side: sharded parameters are in place
+    firsts, parameters = first_names(module), {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    known = module.state_dict().keys()
+    made: dict[str, Share] = {}
+    shares: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            shares[name] = value
+            continue
+        if slices and name not in known:
+            raise CheckpointError(
+                f"state_dict[{name!r}] is not a name of the module, whose weights are cut over tensor ranks: whether "
+                f"this tensor is a part can't be known. Keep the module's names in on_save_checkpoint; extra tensors "
+                f"go under a key of their own"
+            )
+        first = firsts.get(name, name)
+        if first not in made:
+            made[first] = Share.of(value, slices.get(first, slices.get(name)), name in parameters or first_replica)
+        shares[name] = made[first]
+    return shares
+
+
+def whole_state(
+    state: Mapping[str, Any], slices: Slices, tensor_group: ProcessGroup | None, keep: bool
+) -> dict[str, Any]:
+    """A module's ``state_dict`` gathered tensor by tensor to host memory; ``{}`` where not ``keep``.
+
+    All ranks must call it.
+    """
+    found = {}
+    for name, value in state.items():
+        whole = gather(value, slices.get(name), tensor_group) if isinstance(value, Tensor) else value
+        if keep:
+            found[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+    return found
+
+
+def load_weights(
+    module: nn.Module, slices: Slices, values: Mapping[str, StoredTensor | Tensor | Any], strict: bool = True
+) -> None:
+    """Fill ``module`` from ``values`` by full names: stored tensors or whole tensors (memory-mapped ones are read where
+    needed). A rank reads its own parts. Where a weight is tied, any of its names will do.
+
+    What is neither parameter nor buffer (extra state, metrics' states) goes through ``module.load_state_dict``.
+
+    Raises:
+        CheckpointError: names are missing or unexpected and ``strict``; a shape differs. It lists them.
+    """
+    parameter_names(module)
+    entries, firsts = module.state_dict(), first_names(module)
+    present = {firsts.get(name, name) for name in values}
+    missing = [name for name in entries if name not in values and firsts.get(name, name) not in present]
+    unexpected = [name for name in values if name not in entries]
+    shapes = []
+    targets: dict[str, tuple[Share, StoredTensor | Tensor]] = {}
+    others = {}
+    for name in entries.keys() & values.keys():
+        entry, value = entries[name], values[name]
+        first = firsts.get(name, name)
+        if name not in firsts or not isinstance(value, (Tensor, StoredTensor)):
+            others[name] = value.read() if isinstance(value, StoredTensor) else value
+            continue
+        cut = slices.get(first, slices.get(name))
+        whole = shape_of_whole(entry, cut)
+        if tuple(value.shape) != whole:
+            shapes.append(f"{name} is {list(value.shape)} in the checkpoint and {list(whole)} here")
+        elif first not in targets or name == first:
+            targets[first] = (Share.of(entry, cut), value)
+    refuse_other_model(missing if strict else [], unexpected if strict else [], shapes)
+    load_into(targets.values())
+    if others:
+        device = next((t.device for t in entries.values() if isinstance(t, Tensor)), torch.device("cpu"))
+        moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in others.items()}
+        module.load_state_dict(moved, strict=False)
+
+
+def refuse_other_model(missing: list[str], unexpected: list[str], shapes: list[str], of: str = "") -> None:
+    """Say what differs between a checkpoint and what it is loaded into.
+
+    Raises:
+        CheckpointError: anything does.
+    """
+    found = []
+    if missing:
+        found.append(f"it lacks {_some(missing)}")
+    if unexpected:
+        found.append(f"it has {_some(unexpected)}, unknown here")
+    if shapes:
+        found.append(_some(shapes))
+    if found:
+        hint = "" if of or not (missing or unexpected) else " (strict_loading = False loads what fits)"
+        raise CheckpointError(f"This is a checkpoint of another model{of}: {'; '.join(found)}{hint}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(sorted(names)[:SHOWN]) + more

@@ -1,0 +1,151 @@
+"""Checkpoints of a strategy: what Lightning's hooks of that name do when weights are cut.
+
+:class:`ShardedCheckpoints` is mixed in before Lightning's strategy::
+
+    class HybridStrategy(ShardedCheckpoints, ParallelStrategy): ...
+
+Lightning's own order is kept: a checkpoint is collected by ``lightning_module_state_dict`` and ``optimizer_state`` (every
+rank its own parts), passes the module's and callbacks' hooks, and is written by ``save_checkpoint``. It is opened by
+``load_checkpoint`` (tensors stay on disk), passes the hooks, and is read by ``load_model_state_dict`` and
+``load_optimizer_state_dict``, where each rank reads its parts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch.optim import Optimizer
+
+from lightning_bharat.checkpoints import directory, optimizers, plain, stored, weights
+from lightning_bharat.checkpoints.document import as_plain
+from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
+from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
+from lightning_bharat.plan.layout import Layout
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.shards import TensorSlice
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _Base
+else:
+    _Base = object
+
+
+class ShardedCheckpoints(_Base):
+    """Sharded checkpoint directories and plain ``.ckpt`` files, each saved and loaded under any layout.
+
+    Attributes:
+        save_distributed_checkpoint: ``True`` writes a directory to which each rank writes its parts, ``False`` a plain
+            Lightning ``.ckpt`` with everything, gathered in rank 0's host memory. Both are read, whatever it says.
+        layout, plan, slices, tensor_group: of the strategy.
+    """
+
+    save_distributed_checkpoint: bool = True
+    layout: Layout
+    plan: ModelPlan | None
+    slices: dict[str, TensorSlice]
+    tensor_group: dist.ProcessGroup | None
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded when they are cut."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state: this rank's parts, or (plain ``.ckpt``) the whole on rank 0 and ``{}`` elsewhere."""
+        module = self._module()
+        weights.parameter_names(module)
+        state = module.state_dict()
+        if self.save_distributed_checkpoint:
+            return state
+        return weights.whole_state(state, self.slices, self.tensor_group, keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state by names, this rank's parts; or (plain ``.ckpt``) torch's own form on rank 0."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        names = weights.parameter_names(self._module())
+        if self.save_distributed_checkpoint:
+            return optimizers.state_by_name(optimizer, names, self.slices)
+        return optimizers.whole_state_by_index(
+            optimizer, names, self.slices, self.tensor_group, keep=self.is_global_zero
+        )
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``filepath`` (rank 0's counts). All ranks must call it.
+
+        Raises:
+            CheckpointError: on every rank: the disk, or an object that couldn't be read back, by its key.
+        """
+        if storage_options is not None:
+            raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to file systems only")
+        path = directory.local_path(self.broadcast(filepath))
+        module = self._module()
+        manifest = Manifest.of(checkpoint, self.layout, self.plan, module)
+        if self.save_distributed_checkpoint:
+            here = self.layout.coordinates(self.global_rank)
+            first = here["data"] == here["tensor"] == here["context"] == 0
+            state = weights.as_shares(checkpoint["state_dict"], module, self.slices, first_replica=first)
+            stored.save(path, {**checkpoint, "state_dict": state}, manifest)
+        else:
+            on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open a checkpoint directory or a plain ``.ckpt``; tensors are read later. All ranks must call it.
+
+        Raises:
+            CheckpointError: on every rank: missing, damaged, or not safe to read (``weights_only=False`` is refused).
+        """
+        if weights_only is False:
+            raise CheckpointError("weights_only=False runs code from the checkpoint; leave it out")
+        path = directory.local_path(self.broadcast(checkpoint_path))
+        return together(lambda: plain.read(path) if path.is_file() else stored.Checkpoint(path).load())
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Read the module's state, as far as this rank holds it. All ranks must call it.
+
+        Raises:
+            CheckpointError: on every rank: the checkpoint is one of another model; names what differs.
+        """
+        together(lambda: weights.load_weights(self._module(), self.slices, checkpoint["state_dict"], strict))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Read the optimizers' state, as far as this rank holds it, without a step. All ranks must call it.
+
+        Raises:
+            CheckpointError: on every rank: other optimizers, groups, parameters or shapes; names them.
+        """
+        saved = checkpoint["optimizer_states"]
+        if len(saved) != len(self.optimizers):
+            raise CheckpointError(f"the checkpoint has {len(saved)} optimizers, and the module {len(self.optimizers)}")
+        names = weights.parameter_names(self._module())
+
+        def load() -> None:
+            for optimizer, state in zip(self.optimizers, saved, strict=True):
+                optimizers.load_state(optimizer, names, self.slices, state)
+
+        together(load)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint; a process killed meanwhile leaves no half one."""
+        if self.is_global_zero:
+            directory.remove(directory.local_path(filepath))
+
+    def _module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _save_plain(self, checkpoint: dict[str, Any], path: Path, manifest: Manifest) -> None:
+        if path.is_dir() and not stored.is_checkpoint(path):
+            raise CheckpointError(f"{path} is a directory, and not one of a checkpoint; choose another path")
+        about = {key: value for key, value in asdict(manifest).items() if key != "files"}
+        content = as_plain({**checkpoint, FORMAT: about})
+        if path.is_dir():
+            directory.remove(path)
+        self.checkpoint_io.save_checkpoint(content, path)
+        if not path.is_file():  # Lightning's writer passes over a refused rename in silence (its issue 21800)
+            raise CheckpointError(f"{path} could not be written: is its directory writable?")
