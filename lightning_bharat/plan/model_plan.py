@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class ModelPlan:
         loss: ``""`` where the training step never needs gathered logits, else why not.
         whole: what is not cut over tensor ranks, and why.
         proven: for how many tensor ranks the cuts were proven.
+        summed: by kind, whole parameters in a block whose gradients are partial on each tensor rank.
+        hidden: where a block takes the hidden state: a position or a keyword.
+        single: whether the model has no list of blocks, so that it is one block.
+        random: whether blocks draw random numbers in training.
     """
 
     blocks: str
@@ -65,11 +72,21 @@ class ModelPlan:
     loss: str = "not tried"
     whole: dict[str, str] = field(default_factory=dict)
     proven: tuple[int, ...] = ()
+    summed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    hidden: int | str = 0
+    single: bool = False
+    random: bool = False
 
     @property
     def depth(self) -> int:
         """Number of repeated blocks."""
         return len(self.kinds)
+
+    def block_names(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the blocks in ``module``, in order."""
+        if self.single:
+            return (self.blocks,)
+        return tuple(f"{self.blocks}.{child}" for child, _ in module.get_submodule(self.blocks).named_children())
 
     def all_cuts(self) -> Iterator[Cut]:
         """Every distinct cut: those in blocks, then those outside."""
@@ -94,8 +111,46 @@ class ModelPlan:
                 "after": tuple(data["after"]),
                 "tied": tuple(map(tuple, data["tied"])),
                 "proven": tuple(data["proven"]),
+                "summed": {kind: tuple(names) for kind, names in data["summed"].items()},
             }
         )
+
+    def __str__(self) -> str:
+        """A picture: what runs before, in and after the blocks, and what of it is cut how."""
+        lines = [f"{'model' if self.single else self.blocks or 'model'}: {self._count()}"]
+        lines += [f"  before  {_with_cut(name, self.outside)}" for name in self.before]
+        for kind, cuts in self.cuts.items():
+            lines.append(f"  block{'' if len(self.cuts) == 1 else ' ' + kind} × {self.kinds.count(kind)}")
+            lines += [f"    {line}" for cut in cuts for line in _picture(cut)]
+            lines += [f"    {name} whole, its gradient summed" for name in self.summed.get(kind, ())]
+        lines += [f"  after   {_with_cut(name, self.outside)}" for name in self.after]
+        lines += [f"  tied    {' = '.join(names)}" for names in self.tied]
+        lines += [f"  whole   {name}: {why}" for name, why in self.whole.items()]
+        if self.proven:
+            lines.append(f"  proven for {', '.join(map(str, self.proven))} tensor ranks, in float64")
+            lines.append(f"  sequence between cuts: {'divided' if not self.sequence else f'whole, since {self.sequence}'}")
+            lines.append(f"  logits: {'divided' if not self.loss else f'whole, since {self.loss}'}")
+        return "\n".join(lines)
+
+    def _count(self) -> str:
+        return "one block" if self.single else f"{self.depth} blocks"
+
+
+def _picture(cut: Cut) -> list[str]:
+    names = [c.module + (f" ({' + '.join(map(str, c.parts))})" if len(c.parts) > 1 else "") for c in cut.columns]
+    divided = f", divides {', '.join(cut.attributes)}" if cut.attributes else ""
+    width = max(map(len, names))
+    middle, rows = len(names) // 2, ", ".join(cut.rows)
+    said = f" ─▶ {rows}   {cut.units} {cut.unit}{divided}"
+    bars = ["─" if len(names) == 1 else "┐" if i == 0 else "┘" if i == len(names) - 1 else "┤" for i in range(len(names))]
+    return [f"{name:<{width}} {bars[i]}{said if i == (middle if len(names) > 2 else 0) else ''}" for i, name in enumerate(names)]
+
+
+def _with_cut(name: str, outside: tuple[Cut, ...]) -> str:
+    for cut in outside:
+        if name in cut.rows or any(c.module == name for c in cut.columns):
+            return f"{name}   divided along the {cut.unit} of {cut.units}"
+    return name
 
 
 def _cut(data: dict[str, Any]) -> Cut:

@@ -1,0 +1,232 @@
+"""What tensor ranks exchange in a cut, with its gradient (Megatron-LM, arXiv:1909.08053; sequence: arXiv:2205.05198).
+
+The same functions run over a process group (:class:`ProcessPeers`) and between threads of one process
+(:class:`ThreadPeers`), so that a proof runs exactly what training runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Peers(Protocol):
+    """The tensor ranks that share a model, seen from one of them."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the peers, as a new tensor."""
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Concatenation along ``dim``, in the order of ranks."""
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """Sum over the peers; each keeps its piece along ``dim``."""
+
+    def all_max(self, x: Tensor) -> Tensor:
+        """Maximum over the peers, as a new tensor."""
+
+
+class ProcessPeers:
+    """Peers that are processes of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        out = x.contiguous().clone()
+        dist.all_reduce(out, group=self.group)
+        return out
+
+    def all_max(self, x: Tensor) -> Tensor:
+        out = x.contiguous().clone()
+        dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
+        return out
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        x = x.movedim(dim, 0).contiguous()
+        out = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x, group=self.group)
+        return out.movedim(0, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        x = x.movedim(dim, 0).contiguous()
+        out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        dist.reduce_scatter_tensor(out, x, group=self.group)
+        return out.movedim(0, dim)
+
+
+class OnePeer:
+    """No cut: what one rank exchanges with itself."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_max(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+
+class Table:
+    """Where threads that play tensor ranks put down what they exchange."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.barrier, self.tensors = threading.Barrier(size, timeout=timeout), [torch.empty(0)] * size
+
+
+class ThreadPeers:
+    """Peers that are threads of this process. A peer that leaves early breaks the others' wait: nothing hangs.
+
+    Raises:
+        threading.BrokenBarrierError: a peer failed, exchanged something of another shape, or did not come in time.
+    """
+
+    def __init__(self, table: Table, rank: int) -> None:
+        self.table, self.rank, self.size = table, rank, table.barrier.parties
+
+    def _everyone(self, x: Tensor) -> list[Tensor]:
+        self.table.tensors[self.rank] = x.detach()
+        self.table.barrier.wait()
+        taken = list(self.table.tensors)
+        self.table.barrier.wait()  # nobody overwrites before all have read
+        if any(t.shape != x.shape for t in taken):
+            raise threading.BrokenBarrierError(f"peers exchange {[tuple(t.shape) for t in taken]}")
+        return taken
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self._everyone(x)).sum(0)
+
+    def all_max(self, x: Tensor) -> Tensor:
+        return torch.stack(self._everyone(x)).amax(0)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._everyone(x), dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return self.all_reduce(x).chunk(self.size, dim)[self.rank].contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor) -> Tensor:
+        ctx.peers = peers
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.peers.all_reduce(grad)
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor) -> Tensor:
+        return peers.all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor, dim: int) -> Tensor:
+        ctx.peers, ctx.dim = peers, dim
+        return peers.all_gather(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.peers.reduce_scatter(grad, ctx.dim), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor, dim: int) -> Tensor:
+        ctx.peers, ctx.dim = peers, dim
+        return peers.reduce_scatter(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.peers.all_gather(grad, ctx.dim), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor, dim: int) -> Tensor:
+        ctx.peers, ctx.dim = peers, dim
+        return x.chunk(peers.size, dim)[peers.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.peers.all_gather(grad, ctx.dim), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor, dim: int) -> Tensor:
+        ctx.peers, ctx.dim = peers, dim
+        return peers.all_gather(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad.chunk(ctx.peers.size, ctx.dim)[ctx.peers.rank].contiguous(), None
+
+
+class _CopyAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.peers = peers
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        flat = ctx.peers.all_reduce(torch.cat([grad.reshape(-1) for grad in grads]))
+        pieces = flat.split([grad.numel() for grad in grads])
+        return None, *(piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True))
+
+
+def copy(x: Tensor, peers: Peers) -> Tensor:
+    """Enter a cut: the same value on all peers, whose gradients are summed."""
+    return _Copy.apply(peers, x)
+
+
+def copy_all(tensors: list[Tensor], peers: Peers) -> tuple[Tensor, ...]:
+    """:func:`copy` for parameters of one dtype: one exchange for all of their gradients."""
+    return _CopyAll.apply(peers, *tensors)
+
+
+def reduce(x: Tensor, peers: Peers) -> Tensor:
+    """Leave a cut: the sum of the peers' parts; the gradient goes to each of them."""
+    return _Reduce.apply(peers, x)
+
+
+def gather(x: Tensor, peers: Peers, dim: int) -> Tensor:
+    """Enter a cut from a sequence that is divided along ``dim``: the whole sequence, gradients summed and divided."""
+    return _Gather.apply(peers, x, dim)
+
+
+def scatter(x: Tensor, peers: Peers, dim: int) -> Tensor:
+    """Leave a cut towards a divided sequence: the sum of the peers' parts, of which each keeps its piece."""
+    return _Scatter.apply(peers, x, dim)
+
+
+def split(x: Tensor, peers: Peers, dim: int) -> Tensor:
+    """Divide a sequence that all peers hold."""
+    return _Split.apply(peers, x, dim)
+
+
+def join(x: Tensor, peers: Peers, dim: int) -> Tensor:
+    """Make a divided sequence whole, for what all peers then compute alike."""
+    return _Join.apply(peers, x, dim)

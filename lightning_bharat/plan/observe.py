@@ -1,0 +1,307 @@
+"""What a training step does with its modules, seen in one dry run on fake tensors: nothing is computed, no memory used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_bharat.plan.blocks import PlanError, block_list, block_names, kinds_of
+from lightning_bharat.plan.exchange import OnePeer
+from lightning_bharat.plan.vocabulary import VocabularyShard, watch_gathers
+
+Step = Callable[[Any, Any], Any]
+
+
+@dataclass
+class Call:
+    """How a block was called: fake tensors in their places, everything else as copied before the call."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def copied(cls, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """The same tensors; all else copied now, before a block changes it (a key-value cache)."""
+        return cls(*tree_map(_keep, (args, kwargs)))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One ``scaled_dot_product_attention``: query and key-value heads and the size of a head."""
+
+    heads: int
+    kv_heads: int
+    size: int
+
+
+@dataclass
+class Observation:
+    """What one dry run showed.
+
+    Attributes:
+        shell: the copy of the model on fake tensors that was run.
+        names, kinds: of the blocks, in order.
+        calls: of the first block of each kind.
+        hidden: where a block takes the hidden state: a position or a keyword.
+        between: "" where each block reads just what the block before it returned, else what was seen.
+        order: names of modules with parameters of their own, as they ran; blocks appear by their own name.
+        attention: by the name of the block in which it ran.
+        read_outside: parameter name -> where it was read outside its module's ``forward``.
+        random: whether blocks draw random numbers in training.
+        heads: names of linears after the blocks whose width is the vocabulary.
+        gathers: functions that needed whole logits.
+    """
+
+    shell: nn.Module
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    calls: dict[str, Call] = field(default_factory=dict)
+    hidden: int | str | None = None
+    between: str = ""
+    order: list[str] = field(default_factory=list)
+    attention: dict[str, Attention] = field(default_factory=dict)
+    read_outside: dict[str, str] = field(default_factory=dict)
+    random: bool = False
+    heads: tuple[str, ...] = ()
+    gathers: list[str] = field(default_factory=list)
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Modules with parameters that ran before the first block."""
+        return tuple(dict.fromkeys(self.order[: self.order.index(self.names[0])]))
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Modules with parameters that ran after the last block."""
+        last = len(self.order) - self.order[::-1].index(self.names[-1])
+        return tuple(dict.fromkeys(self.order[last:]))
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are fake tensors on the CPU; no data is copied."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in (*module.parameters(), *module.buffers()):
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
+    return copy.deepcopy(module, memo)
+
+
+def vocabulary_heads(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Linears outside the blocks that are as wide as an embedding outside the blocks has rows."""
+
+    def outside(name: str) -> bool:
+        return not any(name == block or name.startswith(f"{block}.") for block in names)
+
+    rows = {m.num_embeddings for n, m in module.named_modules() if isinstance(m, nn.Embedding) and outside(n)}
+    return tuple(
+        n for n, m in module.named_modules() if type(m) is nn.Linear and m.out_features in rows and outside(n)
+    )
+
+
+def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Observation:
+    """Run ``step(copy of module, batch)`` once on fake tensors and write down what happens.
+
+    Args:
+        module: real or on ``meta``; it is not changed.
+        step: the training step; gets the copy and a batch of fake tensors.
+        batch: a batch as the loader gives it; two samples and a short sequence of it are used.
+        multiple: the short sequence's length is a multiple of this.
+
+    Raises:
+        PlanError: the step fails on fake tensors, or its blocks do not run.
+    """
+    names = block_names(module)
+    kinds = kinds_of([module.get_submodule(name) for name in names])
+    short = _shorten(batch, multiple)
+    try:
+        return _observe(module, step, short, names, kinds)
+    except PlanError:
+        raise
+    except Exception as short_failed:  # a fixed length is needed: the whole batch then
+        try:
+            return _observe(module, step, batch, names, kinds)
+        except PlanError:
+            raise
+        except Exception as error:
+            raise PlanError(
+                f"the training step could not be run on fake tensors: {type(error).__name__}: {error}. "
+                "A tensor cut is used only where one dry run of the step shows what it does: keep values out of "
+                "control flow in the step, or use tensor_parallel_size=1"
+            ) from short_failed
+
+
+def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], kinds: tuple[str, ...]) -> Observation:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    seen = Observation(fake_copy(module, mode), names, kinds, heads=vocabulary_heads(module, names), mode=mode)
+    seen.shell.train()
+    watch = _Watch(seen)
+    with mode:
+        fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, batch)
+        with watch_gathers() as gathers, watch:
+            step(seen.shell, fake)
+    watch.remove()
+    seen.gathers = gathers
+    ran = [name for name in names if name in seen.order]
+    if len(ran) != len(names):
+        missing = next(name for name in names if name not in ran)
+        where = block_list(module) or "the model"
+        raise PlanError(f"block {missing!r} of {where!r} does not run in the training step; nothing is cut")
+    return seen
+
+
+class _Watch(TorchFunctionMode):
+    """Follows which module runs, what it reads, and answers questions for values that a fake tensor cannot."""
+
+    def __init__(self, seen: Observation) -> None:
+        super().__init__()
+        self.seen, self.stack = seen, [""]
+        self.owners: dict[int, set[str]] = {}
+        self.names: dict[int, str] = {}
+        self.outputs: dict[int, tuple[int, Tensor]] = {}
+        self.handles: list[Any] = []
+        blocks = {name: i for i, name in enumerate(seen.names)}
+        for name, module in seen.shell.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                self.owners.setdefault(id(parameter), set()).add(name)
+                self.names.setdefault(id(parameter), f"{name}.{leaf}".lstrip("."))
+            self.handles += [
+                module.register_forward_pre_hook(self._entering(name, module, blocks.get(name)), with_kwargs=True),
+                module.register_forward_hook(self._leaving(name, blocks.get(name)), always_call=False),
+            ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _entering(self, name: str, module: nn.Module, block: int | None) -> Callable:
+        inside = any(name.startswith(f"{b}.") for b in self.seen.names)
+        noted = block is not None or (not inside and next(module.parameters(recurse=False), None) is not None)
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.stack.append(name)
+            if noted:
+                self.seen.order.append(name)
+            if block is not None:
+                self._enter_block(block, args, kwargs)
+
+        return hook
+
+    def _enter_block(self, i: int, args: tuple, kwargs: dict) -> None:
+        seen = self.seen
+        if seen.kinds[i] not in seen.calls:
+            seen.calls[seen.kinds[i]] = Call.copied(args, kwargs)
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        if i == 0:
+            first = (place for place, x in places if isinstance(x, Tensor) and x.is_floating_point())
+            seen.hidden = next(first, None)
+            return
+        came = [place for place, x in places if self.outputs.get(id(x), (None,))[0] == i - 1]
+        if not came:
+            seen.between = seen.between or f"{seen.names[i]} does not read what {seen.names[i - 1]} returned"
+        elif came[0] != seen.hidden:
+            seen.hidden = came[0]
+
+    def _leaving(self, name: str, block: int | None) -> Callable:
+        def hook(_: nn.Module, args: tuple, out: Any) -> Any:
+            self.stack.pop()
+            if block is not None:
+                hidden = out[0] if isinstance(out, (tuple, list)) else out
+                if not isinstance(hidden, Tensor):
+                    self.seen.between = f"{name} returns a {type(out).__name__}, not a tensor or a tuple that starts with one"
+                else:
+                    self.outputs[id(hidden)] = block, hidden
+            if name in self.seen.heads and isinstance(out, Tensor):
+                return VocabularyShard(out, OnePeer())
+            return None
+
+        return hook
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _VALUES and args and isinstance(args[0], Tensor):
+            return _VALUES[name](*args)
+        if name not in ("__get__", "__set__") and func not in _QUESTIONS:
+            self._read(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _read(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        seen, here = self.seen, self.stack[-1]
+        block = next((b for b in seen.names if any(s == b for s in self.stack)), None)
+        for x in tree_leaves((args, kwargs)):
+            if id(x) in self.owners and here not in self.owners[id(x)]:
+                seen.read_outside.setdefault(self.names[id(x)], here or "the training step")
+            i, _ = self.outputs.get(id(x), (len(seen.names), None))
+            if block is None and i < len(seen.names) - 1:
+                seen.between = seen.between or f"{resolve_name(func) or func} reads the output of {seen.names[i]}"
+        if block is None:
+            return
+        if func is F.scaled_dot_product_attention:
+            q, k = args[0], args[1] if len(args) > 1 else kwargs["key"]
+            if q.ndim >= 3 and block not in seen.attention:
+                seen.attention[block] = Attention(q.shape[-3], k.shape[-3], q.shape[-1])
+            seen.random |= bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
+        elif func in _RANDOM:
+            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+            training = kwargs.get("training", args[2] if len(args) > 2 else True)
+            seen.random |= bool(p) and bool(training)
+
+
+def _keep(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x
+    with suppress(Exception):  # what cannot be copied is passed on as it is
+        return copy.deepcopy(x)
+    return x
+
+
+_RANDOM = {F.dropout, torch.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, torch.bernoulli, Tensor.bernoulli_}
+_QUESTIONS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.requires_grad_}
+
+
+def _one(x: Tensor, *_: Any) -> Any:
+    return 1.0 if x.is_floating_point() else True if x.dtype == torch.bool else 1
+
+
+def _ones(shape: torch.Size) -> Any:
+    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1
+
+
+# A person's step may look at values ("log(loss.item())"): in the dry run each is a one.
+_VALUES: dict[str, Callable] = {
+    "item": _one,
+    "__bool__": lambda x: True,
+    "__int__": lambda x: 1,
+    "__index__": lambda x: 1,
+    "__float__": lambda x: 1.0,
+    "__format__": lambda x, spec="": format(_one(x), spec),
+    "tolist": lambda x: _ones(x.shape),
+}
+
+
+def _shorten(batch: Any, multiple: int) -> Any:
+    """Two samples of a batch, and where it holds token ids of shape (batch, time), a short time of them."""
+    ids = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()]
+    time = ids[0].shape[1] if ids else 0
+    short = min(time, multiple * max(2, -(-12 // multiple)))
+
+    def cut(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.ndim:
+            return x
+        x = x[:2]
+        return x[:, :short] if ids and x.ndim >= 2 and x.shape[1] == time and not x.is_floating_point() else x
+
+    return tree_map(cut, batch)

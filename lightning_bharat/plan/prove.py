@@ -1,0 +1,213 @@
+"""Proof that a cut computes the same: one block in float64, whole and on as many threads as there are tensor ranks.
+
+Each thread runs the very code that a rank runs in training (:mod:`slicing`), over :class:`ThreadPeers`. Outputs, the
+gradient of every input and of every parameter are compared with the whole block's.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from lightning_bharat.plan.exchange import Peers, Table, ThreadPeers
+from lightning_bharat.plan.model_plan import Cut
+from lightning_bharat.plan.observe import Call, Observation
+from lightning_bharat.plan.slicing import Flow, Slicer
+
+TOLERANCE = 1e-9  # relative to the largest value; float64 rounding of a block is below 1e-12
+PATIENCE = 60.0  # seconds for which a thread waits for its peers
+LARGE = 4_000_000  # elements of a weight whose own gradient is not compared, only that of what flows through it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a proof found: "" as ``problem`` where the cut is right. ``summed`` are the whole parameters whose gradient
+    is partial on each rank, so that it must be summed."""
+
+    problem: str = ""
+    summed: tuple[str, ...] = ()
+
+
+@dataclass
+class _Run:
+    outputs: list[Tensor]
+    inputs: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    evaluated: list[Tensor] = field(default_factory=list)
+
+
+class Sample:
+    """One block of a kind with random weights in float64, random inputs, and what it computes whole."""
+
+    def __init__(self, seen: Observation, module: nn.Module, kind: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.hidden = seen.hidden
+        self.block = _real_block(module.get_submodule(seen.names[seen.kinds.index(kind)]), generator)
+        self.call = _real_call(seen.calls[kind], generator)
+        self.seeds: list[Tensor] = []
+        self.whole = self._run(self.block)
+
+    def prove(self, cuts: Sequence[Cut], ranks: int, summed: Sequence[str] = (), divided: bool = False) -> Verdict:
+        """Compare the cut block on ``ranks`` threads with the whole one."""
+        table = Table(ranks, PATIENCE)
+        blocks = []
+        for rank in range(ranks):
+            try:
+                blocks.append(self._cut(cuts, ThreadPeers(table, rank), summed, divided))
+            except Exception as error:  # a setting that cannot be divided, a shape that does not fit
+                return Verdict(f"{type(error).__name__}: {error}")
+        errors: list[BaseException] = []
+
+        def play(block: nn.Module) -> _Run | None:
+            try:
+                return self._run(block)
+            except BaseException as error:
+                table.barrier.abort()
+                errors.append(error)
+                return None
+
+        with ThreadPoolExecutor(ranks) as pool:
+            runs = list(pool.map(play, blocks))
+        if errors:
+            first = next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+            return Verdict(f"{type(first).__name__}: {' '.join(str(first).split())[:200]}")
+        return self._compare([run for run in runs if run], blocks, divided)
+
+    def _cut(self, cuts: Sequence[Cut], peers: Peers, summed: Sequence[str], divided: bool) -> nn.Module:
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in self.block.parameters()}
+        block, slicer = copy.deepcopy(self.block, memo), Slicer(peers)
+        flow = Flow(peers, divided)
+        slicer.block(block, "block", cuts, summed, flow, self.hidden or 0, (True, True))
+        for name, whole in self.block.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            cut = slicer.slices.get(f"block.{name}")
+            value = cut.take(whole.detach()) if cut else whole.detach()
+            block.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, whole.requires_grad)
+        self.slices, self.flow = slicer.slices, flow
+        return block
+
+    @property
+    def was_divided(self) -> bool:
+        """Whether the last proof really divided the sequence."""
+        return self.flow.divided
+
+    def _run(self, block: nn.Module) -> _Run:
+        copied = [copy.deepcopy(self.call) for _ in range(2)]
+        inputs: dict[str, Tensor] = {}
+        args, kwargs = copied[0].args, copied[0].kwargs
+        for place, x in [*enumerate(args), *kwargs.items()]:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
+                inputs[str(place)] = x
+        with _NoDropout():
+            block.train()
+            outputs = [o for o in tree_leaves(block(*args, **kwargs)) if isinstance(o, Tensor) and o.requires_grad]
+            if not self.seeds:
+                generator = torch.Generator().manual_seed(1)
+                self.seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+            torch.autograd.backward(outputs, [s.reshape(o.shape) for s, o in zip(self.seeds, outputs, strict=True)])
+            block.eval()
+            with torch.no_grad():
+                out = tree_leaves(block(*copied[1].args, **copied[1].kwargs))
+        return _Run(
+            [o.detach() for o in outputs],
+            {place: x.grad for place, x in inputs.items() if x.grad is not None},
+            {name: p.grad for name, p in block.named_parameters() if p.grad is not None},
+            [o for o in out if isinstance(o, Tensor) and o.is_floating_point()],
+        )
+
+    def _compare(self, runs: list[_Run], blocks: list[nn.Module], divided: bool) -> Verdict:
+        for what in ("outputs", "evaluated"):
+            for run in runs:
+                for i, (mine, whole) in enumerate(zip(getattr(run, what), getattr(self.whole, what), strict=True)):
+                    if (distance := _distance(mine, whole)) > TOLERANCE:
+                        mode = "" if what == "outputs" else " in evaluation"
+                        return Verdict(f"output {i} differs{mode} by {distance:.1e} of its largest value")
+        for place, whole in self.whole.inputs.items():
+            worst = max(_distance(run.inputs.get(place), whole) for run in runs)
+            if worst > TOLERANCE:
+                return Verdict(f"the gradient of input {place!r} differs by {worst:.1e}")
+        summed = []
+        for name, whole in self.whole.parameters.items():
+            grads = [run.parameters.get(name) for run in runs]
+            cut = self.slices.get(f"block.{name}")
+            if cut is not None:
+                parts = [g if g is not None else torch.zeros(()) for g in grads]
+                if any(p.shape != parts[0].shape for p in parts):
+                    return Verdict(f"the gradient of {name} has another shape on each rank")
+                grads = [cut.join(parts)]
+            if max(_distance(g, whole) for g in grads) <= TOLERANCE:
+                continue
+            total = sum(g for g in grads if g is not None)
+            if cut is None and isinstance(total, Tensor) and _distance(total, whole) <= TOLERANCE:
+                summed.append(name)
+                continue
+            return Verdict(f"the gradient of {name} differs by {max(_distance(g, whole) for g in grads):.1e}")
+        return Verdict("", tuple(summed))
+
+
+def _distance(x: Tensor | None, whole: Tensor) -> float:
+    """Largest difference, relative to the largest value of ``whole``; infinite for another shape or NaN."""
+    if x is None or x.shape != whole.shape:
+        return float("inf")
+    scale = whole.abs().max().clamp_min(1e-30) if whole.numel() else torch.ones(())
+    distance = float((x - whole).abs().max() / scale) if whole.numel() else 0.0
+    return distance if distance == distance else float("inf")
+
+
+class _NoDropout(TorchFunctionMode):
+    """Training mode without its dice: dropout passes its input on."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (F.dropout, torch.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d):
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {
+                **kwargs,
+                **({"dropout_p": 0.0} if "dropout_p" in kwargs else {}),
+            }
+        return func(*args, **kwargs)
+
+
+def _real_block(block: nn.Module, generator: torch.Generator) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for name, p in block.named_parameters():
+        scale = max(p.shape[-1], 1) ** -0.5 if p.ndim > 1 else 0.3
+        shift = 1.0 if p.ndim <= 1 and name.endswith("weight") else 0.0
+        value = torch.rand(p.shape, generator=generator, dtype=torch.float64)
+        memo[id(p)] = nn.Parameter(value.sub_(0.5).mul_(scale * 12**0.5).add_(shift))
+    for buffer in block.buffers():
+        memo[id(buffer)] = _real(buffer, generator) if buffer.is_meta else _doubled(buffer.detach().clone())
+    copied = copy.deepcopy(block, memo)
+    for p in copied.parameters():
+        p.requires_grad_(p.numel() <= LARGE)  # frozen weights are proven too
+    return copied
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _real(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Values for a tensor that was only seen on fake tensors: any would do, so take plausible ones."""
+    if x.is_floating_point():
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_(x.requires_grad)
+    if x.dtype == torch.bool:
+        return torch.ones(x.shape, dtype=torch.bool)
+    time = x.shape[-1] if x.ndim else 1
+    return torch.arange(time, dtype=x.dtype).expand(x.shape).clone() if x.ndim else torch.zeros((), dtype=x.dtype)
+
+
+def _real_call(call: Call, generator: torch.Generator) -> Call:
+    args, kwargs = tree_map(lambda x: x, (call.args, call.kwargs))
+    return Call(*tree_map_only(Tensor, lambda x: _real(x, generator), (args, kwargs)))

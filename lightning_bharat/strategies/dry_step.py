@@ -1,0 +1,90 @@
+"""One training step of a LightningModule without a trainer's side effects, for the dry run that a plan is made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class _Silent:
+    """Stands for optimizers and schedulers: takes every call, does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+def dry_step(trainer: pl.Trainer) -> Callable[[Any, Any], Any]:
+    """The step for :func:`~lightning_bharat.plan.find.find_plan`: ``step(copy of the module, batch)``.
+
+    The copy logs nothing, its metrics count nothing, its optimizers do not step.
+    """
+
+    def step(copy: pl.LightningModule, batch: Any) -> Any:
+        copy._trainer = trainer
+        _silence(copy)
+        parameters = inspect.signature(copy.training_step).parameters
+        kwargs = {"batch_idx": 0} if "batch_idx" in parameters else {}
+        positional = [batch] + ([0] if not kwargs and len(parameters) > 1 else [])
+        return copy.training_step(*positional, **kwargs)
+
+    return step
+
+
+def _silence(copy: pl.LightningModule) -> None:
+    for name in ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"):
+        object.__setattr__(copy, name, lambda *args, **kwargs: None)
+    object.__setattr__(copy, "toggled_optimizer", lambda *args, **kwargs: nullcontext())
+    object.__setattr__(copy, "all_gather", lambda data, *args, **kwargs: data)
+    object.__setattr__(copy, "lr_schedulers", lambda: _Silent())
+    count = _count_optimizers(copy)
+    object.__setattr__(copy, "optimizers", lambda *args, **kwargs: [_Silent() for _ in range(count)] if count > 1 else _Silent())
+    for module in copy.modules():
+        if isinstance(module, Metric):
+            object.__setattr__(module, "update", lambda *args, **kwargs: None)
+            object.__setattr__(module, "compute", lambda *args, **kwargs: torch.zeros(()))
+            object.__setattr__(module, "forward", lambda *args, **kwargs: torch.zeros(()))
+
+
+def _count_optimizers(copy: pl.LightningModule) -> int:
+    """How many optimizers a step that optimizes by hand will ask for."""
+    if copy.automatic_optimization:
+        return 1
+    found = copy.configure_optimizers()
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], (list, tuple)):
+        found = found[0]
+    return len(found) if isinstance(found, (list, tuple)) else 1
+
+
+def first_batch(trainer: pl.Trainer) -> Any:
+    """A batch as the training loader would give it, without starting its workers or moving its sampler.
+
+    Raises:
+        ValueError: there is no loader to take one from.
+    """
+    loader = _training_loader(trainer)
+    dataset = getattr(loader, "dataset", None)
+    size = getattr(loader, "batch_size", None) or 2
+    if isinstance(loader, torch.utils.data.DataLoader) and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        state = torch.get_rng_state()
+        items = [dataset[i] for i in range(min(size, len(dataset)))]  # type: ignore[arg-type,index]
+        torch.set_rng_state(state)
+        return loader.collate_fn(items)
+    return next(iter(loader))
+
+
+def _training_loader(trainer: pl.Trainer) -> Any:
+    loader = trainer.fit_loop._data_source.dataloader()
+    while isinstance(loader, (dict, list, tuple)) and len(loader):
+        loader = next(iter(loader.values())) if isinstance(loader, dict) else loader[0]
+    if loader is None or isinstance(loader, Tensor):
+        raise ValueError("there is no training loader to observe a step with")
+    return loader

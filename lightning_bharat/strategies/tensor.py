@@ -1,0 +1,45 @@
+"""The tensor cut of a whole model on real ranks: what the plan proved for a block, carried out on all of them."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+from lightning_bharat.plan.exchange import Peers, ProcessPeers
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.shards import TensorSlice
+from lightning_bharat.plan.slicing import Flow, Slicer
+
+
+def cut_module(
+    module: nn.Module, plan: ModelPlan, group: dist.ProcessGroup | Peers, sequence: bool = False, loss: bool = False
+) -> dict[str, TensorSlice]:
+    """Cut ``module`` in place over the ranks of ``group``.
+
+    Args:
+        module: whole, real or on ``meta``; names of parameters stay.
+        plan: proven for this number of ranks.
+        group: the tensor ranks.
+        sequence: divide the hidden state between cuts along the sequence, where ``plan.sequence`` is "".
+        loss: keep logits divided along the vocabulary, where ``plan.loss`` is "".
+
+    Returns:
+        By full name, which part of the whole parameter this rank holds; parameters that are not named are whole.
+    """
+    peers: Peers = ProcessPeers(group) if isinstance(group, dist.ProcessGroup) else group
+    slicer = Slicer(peers)
+    flow = Flow(peers, sequence and not plan.sequence, plan.random)
+    names = plan.block_names(module)
+    for i, (name, kind) in enumerate(zip(names, plan.kinds, strict=True)):
+        slicer.block(
+            module.get_submodule(name),
+            name,
+            plan.cuts[kind],
+            plan.summed.get(kind, ()),
+            flow,
+            plan.hidden,
+            (i == 0, i == len(names) - 1),
+        )
+    for cut in plan.outside:
+        slicer.outside(module, cut, loss and not plan.loss)
+    return slicer.slices
