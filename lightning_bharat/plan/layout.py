@@ -56,6 +56,27 @@ class Layout:
                 f"write expert={_nearest_divisor(self.data * self.context, self.expert)}"
             )
 
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read ``"data=2,tensor=2"``; dimensions that are not named are 1.
+
+        Raises:
+            LayoutError: a name is not a dimension, or a size not a whole number from 1 up.
+
+        >>> Layout.parse("data=4, tensor=2").devices
+        8
+        """
+        sizes = {}
+        for word in text.split(","):
+            name, _, size = (part.strip() for part in word.partition("="))
+            if name not in cls.__dataclass_fields__ or not size.isdecimal():
+                raise LayoutError(
+                    f"layout {text!r}: {word.strip()!r} is not a dimension and its size; write data=2,tensor=2 "
+                    f"(dimensions: {', '.join(cls.__dataclass_fields__)})"
+                )
+            sizes[name] = int(size)
+        return cls(**sizes)
+
     @property
     def devices(self) -> int:
         """Number of ranks."""
@@ -124,10 +145,11 @@ class Layout:
             LayoutError: names the size, what it must divide and the sizes that would do.
         """
         if devices is not None and devices != self.devices:
+            model_parallel = self.devices // self.data
+            other = f"data_parallel_size={devices // model_parallel} or " if devices % model_parallel == 0 else ""
             raise LayoutError(
                 f"{self} needs data × tensor × pipeline × context = {self.devices} devices, and there are {devices}; "
-                f"write data_parallel_size={max(devices // (self.devices // self.data), 1)} "
-                f"or devices={self.devices}"
+                f"write {other}devices={self.devices}"
             )
         for cut in plan.all_cuts():
             if cut.units % self.tensor:

@@ -1,0 +1,109 @@
+"""``bharat fit``, ``validate``, ``test``, ``predict``: LightningCLI for modules and datamodules by class path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple, instantiate_class
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+import lightning_bharat  # noqa: F401: registers the strategies
+from lightning_bharat.commands.signature import HelpFormatter, OneMessage, say_error
+from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.layout import LayoutError
+
+_EXAMPLES = {
+    "fit": "bharat fit --model my.module.MyModel --data my.data.MyData --trainer.strategy bharat_hybrid "
+    "--trainer.devices 4",
+    "validate": "bharat validate --config config.yaml --ckpt_path checkpoints/last.ckpt",
+    "test": "bharat test --config config.yaml --ckpt_path checkpoints/last.ckpt",
+    "predict": "bharat predict --config config.yaml --ckpt_path checkpoints/last.ckpt",
+}
+_MODULES = (
+    "A config of a LightningCLI project works as it is. Where it was written by a command that fixes its classes (no\n"
+    "class_path in it), name them before it: --model my.module.MyModel --data my.data.MyData --config config.yaml"
+)
+
+
+class ProjectParser(OneMessage, LightningArgumentParser):
+    """LightningCLI's parser with this command's way of saying errors."""
+
+
+class BadInput(Exception):
+    """Options that can't be done as they are; the message says why."""
+
+
+BAD_PROJECT = (BadInput, LayoutError, PlanError, MisconfigurationException)
+
+
+class ProjectCLI(LightningCLI):
+    """LightningCLI for any module and datamodule by class path.
+
+    ``--optimizer`` and ``--lr_scheduler`` work as in LightningCLI, but are built when the strategy asks for them: by
+    then it has put pieces in the place of the parameters that the module had before.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(parser_class=ProjectParser, auto_configure_optimizers=False, **kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words that :func:`lightning_bharat.cli.main` passed on."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_optimizer_args((Optimizer,), "optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, "lr_scheduler")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer; what it refuses is bad input."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise BadInput(str(error)) from error
+
+    def after_instantiate_classes(self) -> None:
+        configure_optimizers_late(self.model, self.settings)
+
+    @property
+    def settings(self) -> Namespace:
+        """The options of the command that runs, with its classes instantiated."""
+        return self.config_init[self.subcommand] if self.subcommand else self.config_init
+
+
+def configure_optimizers_late(model: pl.LightningModule, settings: Namespace) -> None:
+    """Let ``model`` build the optimizer and scheduler of ``settings``, if they are there, when it is asked for them."""
+    optimizer, scheduler = settings.get("optimizer"), settings.get("lr_scheduler")
+    if not optimizer:
+        if scheduler:
+            raise BadInput("--lr_scheduler needs --optimizer; without it configure_optimizers of the module makes both")
+        return
+
+    def configure_optimizers(self: pl.LightningModule) -> Any:
+        made = instantiate_class(self.parameters(), optimizer)
+        return LightningCLI.configure_optimizers(self, made, instantiate_class(made, scheduler) if scheduler else None)
+
+    model.configure_optimizers = MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    def run(words: list[str]) -> int:
+        method = getattr(pl.Trainer, name)
+        description = f"{method.__doc__.strip().splitlines()[0]}\n\nExample:\n    {_EXAMPLES[name]}\n\n{_MODULES}"
+        look = {"description": description, "formatter_class": HelpFormatter}
+        try:
+            ProjectCLI(parser_kwargs={"prog": "bharat", name: look}, args=[name, *words])
+        except BAD_PROJECT as error:
+            say_error(f"bharat {name}", error)
+            return 2
+        return 0
+
+    run.__name__, run.__doc__ = name, f"Run ``Trainer.{name}`` as the words after ``bharat {name}`` say."
+    return run
+
+
+fit, validate, test, predict = map(_command, ("fit", "validate", "test", "predict"))
