@@ -33,6 +33,11 @@ class Peers(Protocol):
         """Maximum over the peers, as a new tensor."""
 
 
+# torch 2.14 renamed them; the old names warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class ProcessPeers:
     """Peers that are processes of a process group."""
 
@@ -52,14 +57,14 @@ class ProcessPeers:
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         x = x.movedim(dim, 0).contiguous()
         out = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x, group=self.group)
-        return out.movedim(0, dim)
+        _all_gather(out, x, group=self.group)
+        return out.movedim(0, dim).contiguous()  # as a person's view() expects
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         x = x.movedim(dim, 0).contiguous()
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        dist.reduce_scatter_tensor(out, x, group=self.group)
-        return out.movedim(0, dim)
+        _reduce_scatter(out, x, group=self.group)
+        return out.movedim(0, dim).contiguous()  # as a person's view() expects
 
 
 class OnePeer:

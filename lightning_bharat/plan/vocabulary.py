@@ -104,7 +104,10 @@ def _elementwise(func: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
     others = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     if not isinstance(x, VocabularyShard) or any(isinstance(o, VocabularyShard) or o.ndim for o in others):
         return NotImplemented
-    return VocabularyShard(func(x.local, *args, **kwargs), x.peers)
+    out = func(x.local, *args, **kwargs)
+    if out.dtype.itemsize < x.dtype.itemsize:  # rounded logits: a sum over pieces would round in another place
+        return NotImplemented
+    return VocabularyShard(out, x.peers)
 
 
 def _index(func: Callable, x: VocabularyShard, index: Any) -> Any:
