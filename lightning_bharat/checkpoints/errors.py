@@ -10,7 +10,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint that can't be written, or can't be loaded here; the message says what is wrong and what to do."""
 
 

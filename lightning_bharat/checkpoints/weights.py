@@ -65,19 +65,24 @@ def as_shares(state: Mapping[str, Any], module: nn.Module, slices: Slices, first
     return shares
 
 
-def whole_state(
-    state: Mapping[str, Any], slices: Slices, tensor_group: ProcessGroup | None, keep: bool
-) -> dict[str, Any]:
-    """A module's ``state_dict`` gathered tensor by tensor to host memory; ``{}`` where not ``keep``.
+def whole_state(module: nn.Module, slices: Slices, tensor_group: ProcessGroup | None, keep: bool) -> dict[str, Any]:
+    """The module's ``state_dict`` gathered tensor by tensor to host memory; ``{}`` where not ``keep``.
 
-    All ranks must call it.
+    Tied weights are gathered once and stay one tensor. All ranks must call it.
     """
-    found = {}
-    for name, value in state.items():
-        whole = gather(value, slices.get(name), tensor_group) if isinstance(value, Tensor) else value
-        if keep:
-            found[name] = whole.cpu() if isinstance(whole, Tensor) else whole
-    return found
+    parameter_names(module)
+    firsts = first_names(module)
+    found: dict[str, Any] = {}
+    for name, value in module.state_dict().items():
+        first = firsts.get(name, name)
+        if first in found or (not keep and first != name):
+            found[name] = found.get(first)
+            continue
+        if isinstance(value, Tensor):
+            value = gather(value, slices.get(first), tensor_group)
+            value = value.cpu() if keep else None
+        found[name] = value
+    return found if keep else {}
 
 
 def load_weights(

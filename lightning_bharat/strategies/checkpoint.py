@@ -58,11 +58,10 @@ class ShardedCheckpoints(_Base):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state: this rank's parts, or (plain ``.ckpt``) the whole on rank 0 and ``{}`` elsewhere."""
         module = self._module()
+        if not self.save_distributed_checkpoint:
+            return weights.whole_state(module, self.slices, self.tensor_group, keep=self.is_global_zero)
         weights.parameter_names(module)
-        state = module.state_dict()
-        if self.save_distributed_checkpoint:
-            return state
-        return weights.whole_state(state, self.slices, self.tensor_group, keep=self.is_global_zero)
+        return module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state by names, this rank's parts; or (plain ``.ckpt``) torch's own form on rank 0."""
