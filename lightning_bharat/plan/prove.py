@@ -108,16 +108,16 @@ class Sample:
         for place, x in [*enumerate(args), *kwargs.items()]:
             if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
                 inputs[str(place)] = x
+        block.train()
         with _NoDropout():
-            block.train()
             outputs = [o for o in tree_leaves(block(*args, **kwargs)) if isinstance(o, Tensor) and o.requires_grad]
-            if not self.seeds:
-                generator = torch.Generator().manual_seed(1)
-                self.seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
-            torch.autograd.backward(outputs, [s.reshape(o.shape) for s, o in zip(self.seeds, outputs, strict=True)])
-            block.eval()
-            with torch.no_grad():
-                out = tree_leaves(block(*copied[1].args, **copied[1].kwargs))
+        if not self.seeds:
+            generator = torch.Generator().manual_seed(1)
+            self.seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+        torch.autograd.backward(outputs, [s.reshape(o.shape) for s, o in zip(self.seeds, outputs, strict=True)])
+        block.eval()
+        with torch.no_grad():  # and no mode: torch's own layers take another way in evaluation, if nothing watches
+            out = tree_leaves(block(*copied[1].args, **copied[1].kwargs))
         return _Run(
             [o.detach() for o in outputs],
             {place: x.grad for place, x in inputs.items() if x.grad is not None},
