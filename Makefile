@@ -1,0 +1,48 @@
+# make demo    from nothing to a hybrid run on four ranks, over the curve of one process
+# make test    ruff, mypy and pytest
+# make lint    the first two · make format · make bench · make clean
+#
+# Everything runs in .venv, which is made once from pyproject.toml and constraints.txt. Another Python: PYTHON=python3.12.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# The tests start many small ranks: more threads than one a rank only make them wait for each other.
+test bench: export OMP_NUM_THREADS := 1
+
+.PHONY: demo test lint format bench clean
+.DEFAULT_GOAL := test
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/memory.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: '$(PYTHON)' is missing or older than Python 3.10. Install one (Debian, Ubuntu: sudo apt-get install python3 python3-venv) or name one: make PYTHON=python3.12"; exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' can't make a virtual environment. On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
