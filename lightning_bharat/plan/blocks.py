@@ -48,7 +48,9 @@ def kinds_of(blocks: list[nn.Module]) -> tuple[str, ...]:
     index = {  # settings that only count the blocks ("layer_idx")
         key
         for key in signatures[0]
-        if len(blocks) > 1 and all(s.get(key) == i for i, s in enumerate(signatures)) and type(signatures[0][key]) is int
+        if len(blocks) > 1
+        and all(s.get(key) == i for i, s in enumerate(signatures))
+        and type(signatures[0][key]) is int
     }
     letters: dict[Any, str] = {}
     kinds = []

@@ -23,7 +23,9 @@ def structural_plan(module: nn.Module) -> ModelPlan:
     return ModelPlan(block_list(module) or single_block(module), kinds, single=block_list(module) is None)
 
 
-def find_plan(module: nn.Module, step: Step, batch: Any, ranks: int = 2, plan: dict[str, str] | None = None) -> ModelPlan:
+def find_plan(
+    module: nn.Module, step: Step, batch: Any, ranks: int = 2, plan: dict[str, str] | None = None
+) -> ModelPlan:
     """Where ``module`` can be cut over ``ranks`` tensor ranks, observed in one dry run of its step and proven.
 
     Args:
@@ -153,7 +155,11 @@ class _KindFinder:
             cuts = tuple(replace(cut, entry=self._entry(cut) if entries else "") for cut in self.cuts)
             verdict = self.sample.prove(cuts, self.ranks, self.summed, divided=True)
             if not verdict.problem and not verdict.summed:
-                return (cuts, "") if self.sample.was_divided else (self.cuts, "the hidden state is not (batch, time, channels)")
+                return (
+                    (cuts, "")
+                    if self.sample.was_divided
+                    else (self.cuts, "the hidden state is not (batch, time, channels)")
+                )
         return self.cuts, f"{self.prefix}: {verdict.problem or f'partial gradients of {verdict.summed}'}"
 
     def _entry(self, cut: Cut) -> str:
@@ -236,7 +242,8 @@ def _all_used(
             inside = name.removeprefix(f"{block}.")
             if name.startswith(f"{block}.") and style != "whole" and inside not in used:
                 raise PlanError(
-                    f"plan: {name!r} is named as a {style}, but no cut of columns whose outputs alone reach a row has it; "
+                    f"plan: {name!r} is named as a {style}, but no cut of columns whose outputs alone reach a row "
+                    "has it; "
                     "name both ends: the linears before (colwise) and the linear after (rowwise)"
                 )
 

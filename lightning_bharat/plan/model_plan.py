@@ -128,7 +128,9 @@ class ModelPlan:
         lines += [f"  whole   {name}: {why}" for name, why in self.whole.items()]
         if self.proven:
             lines.append(f"  proven for {', '.join(map(str, self.proven))} tensor ranks, in float64")
-            lines.append(f"  sequence between cuts: {'divided' if not self.sequence else f'whole, since {self.sequence}'}")
+            lines.append(
+                f"  sequence between cuts: {'divided' if not self.sequence else f'whole, since {self.sequence}'}"
+            )
             lines.append(f"  logits: {'divided' if not self.loss else f'whole, since {self.loss}'}")
         return "\n".join(lines)
 
@@ -142,8 +144,13 @@ def _picture(cut: Cut) -> list[str]:
     width = max(map(len, names))
     middle, rows = len(names) // 2, ", ".join(cut.rows)
     said = f" ─▶ {rows}   {cut.units} {cut.unit}{divided}"
-    bars = ["─" if len(names) == 1 else "┐" if i == 0 else "┘" if i == len(names) - 1 else "┤" for i in range(len(names))]
-    return [f"{name:<{width}} {bars[i]}{said if i == (middle if len(names) > 2 else 0) else ''}" for i, name in enumerate(names)]
+    bars = [
+        "─" if len(names) == 1 else "┐" if i == 0 else "┘" if i == len(names) - 1 else "┤" for i in range(len(names))
+    ]
+    return [
+        f"{name:<{width}} {bars[i]}{said if i == (middle if len(names) > 2 else 0) else ''}"
+        for i, name in enumerate(names)
+    ]
 
 
 def _with_cut(name: str, outside: tuple[Cut, ...]) -> str:
@@ -155,6 +162,4 @@ def _with_cut(name: str, outside: tuple[Cut, ...]) -> str:
 
 def _cut(data: dict[str, Any]) -> Cut:
     columns = tuple(Column(c["module"], tuple(c["parts"])) for c in data["columns"])
-    return Cut(
-        **{**data, "columns": columns, "rows": tuple(data["rows"]), "attributes": tuple(data["attributes"])}
-    )
+    return Cut(**{**data, "columns": columns, "rows": tuple(data["rows"]), "attributes": tuple(data["attributes"])})

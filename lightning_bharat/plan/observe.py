@@ -1,4 +1,4 @@
-"""What a training step does with its modules, seen in one dry run on fake tensors: nothing is computed, no memory used."""
+"""What a training step does with its modules, seen in one dry run on fake tensors: nothing is computed."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def vocabulary_heads(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ..
         return not any(name == block or name.startswith(f"{block}.") for block in names)
 
     rows = {m.num_embeddings for n, m in module.named_modules() if isinstance(m, nn.Embedding) and outside(n)}
-    return tuple(
-        n for n, m in module.named_modules() if type(m) is nn.Linear and m.out_features in rows and outside(n)
-    )
+    return tuple(n for n, m in module.named_modules() if type(m) is nn.Linear and m.out_features in rows and outside(n))
 
 
 def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Observation:
@@ -220,7 +218,9 @@ class _Watch(TorchFunctionMode):
             if block is not None:
                 hidden = out[0] if isinstance(out, (tuple, list)) else out
                 if not isinstance(hidden, Tensor):
-                    self.seen.between = f"{name} returns a {type(out).__name__}, not a tensor or a tuple that starts with one"
+                    self.seen.between = (
+                        f"{name} returns a {type(out).__name__}, not a tensor or a tuple that starts with one"
+                    )
                 else:
                     self.outputs[id(hidden)] = block, hidden
             if name in self.seen.heads and isinstance(out, Tensor):

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from lightning_bharat.plan.cut_modules import Flow
 from lightning_bharat.plan.exchange import Peers, Table, ThreadPeers
 from lightning_bharat.plan.model_plan import Cut
 from lightning_bharat.plan.observe import Call, Observation
-from lightning_bharat.plan.slicing import Flow, Slicer
+from lightning_bharat.plan.slicing import Slicer
 
 TOLERANCE = 1e-9  # relative to the largest value; float64 rounding of a block is below 1e-12
 PATIENCE = 60.0  # seconds for which a thread waits for its peers
@@ -172,10 +173,13 @@ class _NoDropout(TorchFunctionMode):
         if func in (F.dropout, torch.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d):
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
-            args, kwargs = (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {
-                **kwargs,
-                **({"dropout_p": 0.0} if "dropout_p" in kwargs else {}),
-            }
+            args, kwargs = (
+                (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]),
+                {
+                    **kwargs,
+                    **({"dropout_p": 0.0} if "dropout_p" in kwargs else {}),
+                },
+            )
         return func(*args, **kwargs)
 
 

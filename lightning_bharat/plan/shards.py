@@ -1,7 +1,7 @@
 """Which part of a whole parameter a rank holds: the map from local tensors to whole ones.
 
-A parameter may be cut twice: over tensor ranks (:class:`TensorSlice`, plain local tensors) and over data ranks (FSDP2: a
-``DTensor`` that is sharded on dimension 0 of the tensor rank's slice). Checkpoints, initialization and tests all go
+A parameter may be cut twice: over tensor ranks (:class:`TensorSlice`, plain local tensors) and over data ranks (FSDP2:
+a ``DTensor`` that is sharded on dimension 0 of the tensor rank's slice). Checkpoints, initialization and tests all go
 through this one description.
 """
 
@@ -20,8 +20,8 @@ class TensorSlice:
     """What one tensor rank holds of a parameter.
 
     Along ``dim`` the whole parameter consists of ``parts`` (their sizes, in order: one for a plain linear, three for a
-    fused query-key-value). Each part is divided into ``ranks`` equal pieces; rank ``rank`` holds its piece of every part,
-    one after the other.
+    fused query-key-value). Each part is divided into ``ranks`` equal pieces; rank ``rank`` holds its piece of every
+    part, one after the other.
     """
 
     dim: int

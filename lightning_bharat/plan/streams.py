@@ -1,8 +1,8 @@
 """Random numbers inside a tensor cut: another stream on each rank, and the common one untouched for all.
 
-What tensor ranks compute alike (dropout on the hidden state) must draw the same numbers on each of them; what they divide
-(dropout on their heads or channels) must not. Inside a cut a rank's stream is seeded by one number drawn from the common
-stream, so recomputation in the backward pass draws the same again (as Megatron-LM's model-parallel generator).
+What tensor ranks compute alike (dropout on the hidden state) must draw the same numbers on each of them; what they
+divide (dropout on their heads or channels) must not. Inside a cut a rank's stream is seeded by one number drawn from the
+common stream, so recomputation in the backward pass draws the same again (as Megatron-LM's model-parallel generator).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ class TensorStream:
     """The random stream of one tensor rank inside its cuts."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self._common, self._device = rank, None, torch.device("cpu")
+        self.rank, self._device = rank, torch.device("cpu")
+        self._common: torch.Tensor | None = None
 
     def enter(self, device: torch.device) -> None:
         """Go over to this rank's stream."""

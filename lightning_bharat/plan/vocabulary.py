@@ -1,14 +1,14 @@
 """Logits that stay divided along the vocabulary until something needs them whole.
 
-The head's output on each tensor rank is a :class:`VocabularyShard`: it looks like the whole logits, knows how to reshape,
-cast and scale itself and how to compute a cross entropy over pieces (one maximum and one sum are exchanged, never the
+The head's output on each tensor rank is a :class:`VocabularyShard`: it looks like the whole logits, knows how to
+reshape, cast and scale itself and how to compute a cross entropy over pieces (one maximum and one sum are exchanged, never the
 logits; the idea is Megatron-LM's vocabulary-parallel cross entropy). Whatever else is asked of it gathers first, so a
 person's step stays right, only not as lean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,7 +24,7 @@ _gathers: ContextVar[list[str] | None] = ContextVar("gathers", default=None)
 
 
 @contextmanager
-def watch_gathers():
+def watch_gathers() -> Iterator[list[str]]:
     """Collect the names of the functions that needed gathered logits."""
     names: list[str] = []
     token = _gathers.set(names)
@@ -73,7 +73,7 @@ class VocabularyShard(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} reached divided logits below torch's functions; call logits.gathered() first")
 
 

@@ -40,13 +40,23 @@ def dry_step(trainer: pl.Trainer) -> Callable[[Any, Any], Any]:
 
 
 def _silence(copy: pl.LightningModule) -> None:
-    for name in ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"):
+    for name in (
+        "log",
+        "log_dict",
+        "print",
+        "manual_backward",
+        "clip_gradients",
+        "toggle_optimizer",
+        "untoggle_optimizer",
+    ):
         object.__setattr__(copy, name, lambda *args, **kwargs: None)
     object.__setattr__(copy, "toggled_optimizer", lambda *args, **kwargs: nullcontext())
     object.__setattr__(copy, "all_gather", lambda data, *args, **kwargs: data)
     object.__setattr__(copy, "lr_schedulers", lambda: _Silent())
     count = _count_optimizers(copy)
-    object.__setattr__(copy, "optimizers", lambda *args, **kwargs: [_Silent() for _ in range(count)] if count > 1 else _Silent())
+    object.__setattr__(
+        copy, "optimizers", lambda *args, **kwargs: [_Silent() for _ in range(count)] if count > 1 else _Silent()
+    )
     for module in copy.modules():
         if isinstance(module, Metric):
             object.__setattr__(module, "update", lambda *args, **kwargs: None)
@@ -73,7 +83,11 @@ def first_batch(trainer: pl.Trainer) -> Any:
     loader = _training_loader(trainer)
     dataset = getattr(loader, "dataset", None)
     size = getattr(loader, "batch_size", None) or 2
-    if isinstance(loader, torch.utils.data.DataLoader) and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    if (
+        isinstance(loader, torch.utils.data.DataLoader)
+        and hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
+    ):
         state = torch.get_rng_state()
         items = [dataset[i] for i in range(min(size, len(dataset)))]  # type: ignore[arg-type,index]
         torch.set_rng_state(state)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
+from lightning_bharat.plan.cut_modules import Flow
 from lightning_bharat.plan.exchange import Peers, ProcessPeers
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.plan.slicing import Flow, Slicer
+from lightning_bharat.plan.slicing import Slicer
 
 
 def cut_module(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -48,7 +50,7 @@ class Stack(nn.Module):
         super().__init__()
         sizes = (8, 32, 64, 32, 4)
         layers: list[nn.Module] = []
-        for i, o in zip(sizes, sizes[1:], strict=False):
+        for i, o in pairwise(sizes):
             layers += [nn.Linear(i, o), nn.ReLU()]
         self.net = nn.Sequential(*layers[:-1])
 

@@ -12,8 +12,8 @@ from lightning_bharat.plan.exchange import ProcessPeers
 from lightning_bharat.plan.find import find_plan
 from lightning_bharat.plan.shards import gather
 from lightning_bharat.strategies.tensor import cut_module
-from tests.ranks import run_ranks
 from tests.plan.models import MODELS, batch_of, step
+from tests.ranks import run_ranks
 
 STEPS = 3
 
