@@ -1,7 +1,7 @@
 """Shares to safetensors files and back, planned by torch.distributed.checkpoint (DCP).
 
-DCP decides which rank writes what (what several ranks hold is written once, balanced by bytes), checks that the rectangles
-fill every tensor, and finds which stored rectangles a rank needs. Ours are the two ends: planners that know
+DCP decides which rank writes what (what several ranks hold is written once, balanced by bytes), checks that the
+rectangles fill every tensor, and finds which stored rectangles a rank needs. Ours are the two ends: planners that know
 :class:`Share`, and storage in safetensors with an index in JSON in place of pickles.
 """
 
@@ -159,11 +159,12 @@ class _Writer(StorageWriter):
         return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if plan.items:
-            entries = [_entry(item, planner) for item in plan.items]
+        entries = [_entry(item, planner) for item in plan.items]
+        if entries:
             safetensors_file.write(self.folder / plan.storage_data, entries, {"format": "pt"})
+        pairs = zip(plan.items, entries, strict=True)
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, _entry(item, planner).nbytes, plan.storage_data) for item in plan.items])
+        done.set_result([WriteResult(item.index, entry.nbytes, plan.storage_data) for item, entry in pairs])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -1,8 +1,8 @@
 """A checkpoint as a directory that is whole or does not exist.
 
-It is written beside its place under a hidden name, brought to disk, and then given its name by one rename. Where an older
-one of that name is there, both names are exchanged in one step of the kernel, so that a process killed at any moment
-leaves the old or the new checkpoint, never half of one.
+It is written beside its place under a hidden name, brought to disk, and then given its name by one rename. Where an
+older one of that name is there, both names are exchanged in one step of the kernel, so that a process killed at any
+moment leaves the old or the new checkpoint, never half of one.
 """
 
 from __future__ import annotations
@@ -42,6 +42,18 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         yield staging
         on_rank_zero(lambda: commit(staging, path))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def own_directory(path: Path) -> Iterator[Path]:
+    """As :func:`new_directory`, for one process alone."""
+    staging = _stage(path)
+    try:
+        yield staging
+        commit(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -1,7 +1,7 @@
 """The part of a checkpoint that is no tensor of the model or the optimizers: `state.pt`, and what may be in it.
 
-It is read with ``torch.load(weights_only=True)``, which builds plain data and tensors and nothing else. What it could not
-build again is refused when the checkpoint is *written*, by its key: an unreadable checkpoint is found out too late.
+It is read with ``torch.load(weights_only=True)``, which builds plain data and tensors and nothing else. What it could
+not build again is refused when the checkpoint is *written*, by its key: an unreadable one is found out too late.
 """
 
 from __future__ import annotations

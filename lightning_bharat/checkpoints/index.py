@@ -1,7 +1,7 @@
 """`tensors.json`: which file holds which rectangle of which tensor.
 
-It stands for the pickled ``.metadata`` of torch's distributed checkpoints, so that opening a checkpoint runs no code of its
-author. What is read from it is checked before use: it may have been written by anyone.
+It stands for the pickled ``.metadata`` of torch's distributed checkpoints, so that opening a checkpoint runs no code
+of its author. What is read from it is checked before use: it may have been written by anyone.
 """
 
 from __future__ import annotations

@@ -114,11 +114,13 @@ def hugging_face(module: torch.nn.Module) -> dict[str, Any] | None:
     if transformers is None or "transformers.modeling_utils" not in sys.modules:
         return None
     kind = transformers.PreTrainedModel
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, kind)]
-    tops = [(name, m) for name, m in found if not any(name != n and name.startswith(f"{n}." if n else "") for n, _ in found)]
+    tops: dict[str, torch.nn.Module] = {}
+    for name, part in module.named_modules():  # outer modules come first
+        if isinstance(part, kind) and not any(not top or name.startswith(f"{top}.") for top in tops):
+            tops[name] = part
     if len(tops) != 1:
         return None
-    name, model = tops[0]
+    ((name, model),) = tops.items()
     generation = getattr(model, "generation_config", None)
     return {
         "prefix": f"{name}." if name else "",

@@ -1,7 +1,7 @@
 """The state of optimizers by full parameter names: to shares, to torch's own form, and back from both.
 
-State is created from the checkpoint. (torch's ``set_optimizer_state_dict`` takes a step with zero gradients to create it,
-which not every optimizer takes for nothing.)
+State is created from the checkpoint. (torch's ``set_optimizer_state_dict`` takes a step with zero gradients to create
+it, which not every optimizer takes for nothing.)
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_bharat.checkpoints.document import safe_load
 from lightning_bharat.checkpoints.errors import CheckpointError
@@ -22,3 +26,17 @@ def read(path: Path) -> dict[str, Any]:
     if "state_dict" not in found:
         raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no 'state_dict', but {list(found)[:8]}")
     return found
+
+
+def write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write Lightning's dict to ``path``, which appears when it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with staging.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Write a safetensors file tensor by tensor, so that one tensor at a time is in host memory.
 
-The library's own writer wants all tensors of a file at once. Format: https://huggingface.co/docs/safetensors (eight bytes
-with the header's length, a JSON header with each tensor's type, shape and place, then the tensors one after another).
-Files are read with the library.
+The library's own writer wants all tensors of a file at once. Format: https://huggingface.co/docs/safetensors (eight
+bytes with the header's length, a JSON header with each tensor's type, shape and place, then the tensors one after
+another). Files are read with the library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,11 +91,11 @@ def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None 
         return file.tell()
 
 
-def _bytes(entry: Entry) -> memoryview:
+def _bytes(entry: Entry) -> Any:
     tensor = entry.read().detach()
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise CheckpointError(
             f"{entry.key!r} was announced as {entry.dtype} {list(entry.shape)} and is {tensor.dtype} "
             f"{list(tensor.shape)}: it changed while the checkpoint was written"
         )
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

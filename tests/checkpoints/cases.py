@@ -57,7 +57,8 @@ class Case:
         torch.manual_seed(seed)
         self.module = Net()
         self.whole = {name: torch.randn(p.shape) for name, p in self.module.named_parameters()}
-        self.moments = {key: {n: torch.randn(p.shape) for n, p in self.whole.items()} for key in ("exp_avg", "exp_avg_sq")}
+        keys = ("exp_avg", "exp_avg_sq")
+        self.moments = {key: {n: torch.randn(p.shape) for n, p in self.whole.items()} for key in keys}
         self.slices = {
             name: cut
             for name in self.whole

@@ -13,7 +13,7 @@ import torch
 from lightning_bharat.checkpoints import Checkpoint, load_weights, optimizers, save, weights
 from lightning_bharat.checkpoints.errors import together
 from lightning_bharat.checkpoints.index import INDEX
-from lightning_bharat.checkpoints.manifest import MANIFEST, Manifest
+from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.plan.layout import Layout
 from tests.checkpoints.cases import Case
 from tests.ranks import run_ranks

@@ -1,0 +1,66 @@
+"""Any checkpoint, opened the same way: a directory of ours or a plain Lightning `.ckpt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bharat.checkpoints import plain, stored
+from lightning_bharat.checkpoints.errors import CheckpointError
+from lightning_bharat.checkpoints.manifest import FORMAT, MANIFEST
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose tensors have not been read.
+
+    Attributes:
+        path: where it lies.
+        content: Lightning's dict.
+        about: the manifest's fields; ``{}`` for a ``.ckpt`` that plain Lightning wrote.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    about: dict[str, Any]
+
+    def weights(self) -> dict[str, Tensor | stored.StoredTensor]:
+        """The module's tensors by name (tied ones under each name), without extra state."""
+        state = self.content["state_dict"]
+        return {name: value for name, value in state.items() if isinstance(value, (Tensor, stored.StoredTensor))}
+
+
+def open_any(checkpoint: str | Path) -> Opened:
+    """Open a directory or a ``.ckpt`` without reading its tensors and without running code from it.
+
+    Raises:
+        CheckpointError: it is neither, or is damaged.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        found = stored.Checkpoint(path)
+        return Opened(path, found.load(), vars(found.manifest))
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; write a directory with {MANIFEST}, or a Lightning .ckpt file")
+    content = plain.read(path)
+    return Opened(path, content, content.pop(FORMAT, {}))
+
+
+def reader(value: Tensor | stored.StoredTensor, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """A function that reads ``value`` when it is called, floating point as ``dtype``."""
+
+    def read() -> Tensor:
+        whole = value.read() if isinstance(value, stored.StoredTensor) else value
+        return whole.to(dtype_after(value, dtype))
+
+    return read
+
+
+def dtype_after(value: Tensor | stored.StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Type of ``value`` once floating point is cast to ``dtype``."""
+    return dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
