@@ -26,17 +26,30 @@ class Flow:
 
     def __init__(self, peers: Peers, may_divide: bool = False, random: bool = False) -> None:
         self.peers, self.may_divide, self.divided = peers, may_divide, False
+        self.device = torch.device("cpu")
         self.stream = TensorStream(peers.rank) if random and peers.size > 1 else None
 
     def arrive(self, hidden: Tensor) -> Tensor:
         """At the first block: divide the sequence, if its length allows it this time."""
         fits = hidden.ndim == 3 and hidden.shape[SEQUENCE_DIM] % self.peers.size == 0
-        self.divided = self.may_divide and fits
+        self.divided, self.device = self.may_divide and fits, hidden.device
         return split(hidden, self.peers, SEQUENCE_DIM) if self.divided else hidden
 
     def depart(self, hidden: Tensor) -> Tensor:
         """After the last block: the whole sequence again."""
         return join(hidden, self.peers, SEQUENCE_DIM) if self.divided else hidden
+
+    @contextmanager
+    def own_tokens(self) -> Iterator[None]:
+        """In a block: this rank's random stream for all of it, if it holds tokens of its own."""
+        if not (self.stream and self.divided):
+            yield
+            return
+        self.stream.enter(self.device)
+        try:
+            yield
+        finally:
+            self.stream.leave()
 
     def __deepcopy__(self, memo: dict) -> Flow:
         return self  # a copied module exchanges with the same peers
@@ -61,7 +74,7 @@ class Gate:
                 out = gather(x, self.flow.peers, SEQUENCE_DIM)
             self.passed[id(x)] = x, out
         self.entered += 1
-        if self.entered == self.columns and self.flow.stream:
+        if self.entered == self.columns and self.flow.stream and not self.flow.divided:
             self.flow.stream.enter(x.device)
         return self.passed[id(x)][1]
 
@@ -69,7 +82,7 @@ class Gate:
         """What a row returns: the sum over the peers."""
         self.passed.clear()
         self.entered = 0
-        if self.flow.stream:
+        if self.flow.stream and not self.flow.divided:
             self.flow.stream.leave()
         if self.flow.divided:
             return scatter(partial, self.flow.peers, SEQUENCE_DIM)
@@ -133,7 +146,7 @@ class CutBlock:
         if self.ends[0]:
             args, kwargs = _replace(args, kwargs, self.hidden, self.flow.arrive)
         owners = self.partial + (self.partial_if_divided if self.flow.divided else [])
-        with _summed(owners, self.flow.peers):
+        with _summed(owners, self.flow.peers), self.flow.own_tokens():
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         if not self.ends[1]:
             return out

@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,9 +42,10 @@ class Verdict:
 @dataclass
 class _Run:
     outputs: list[Tensor]
+    evaluated: list[Tensor]
+    trained: list[Tensor]
     inputs: dict[str, Tensor]
     parameters: dict[str, Tensor]
-    evaluated: list[Tensor] = field(default_factory=list)
 
 
 class Sample:
@@ -103,35 +104,33 @@ class Sample:
         return self.flow.divided
 
     def _run(self, block: nn.Module) -> _Run:
-        copied = [copy.deepcopy(self.call) for _ in range(2)]
-        inputs: dict[str, Tensor] = {}
-        args, kwargs = copied[0].args, copied[0].kwargs
-        for place, x in [*enumerate(args), *kwargs.items()]:
-            if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
-                inputs[str(place)] = x
-        block.train()
-        with _NoDropout():
-            outputs = [o for o in tree_leaves(block(*args, **kwargs)) if isinstance(o, Tensor) and o.requires_grad]
+        """In evaluation mode with gradients and without, and in training mode with its dropout off."""
+        calls = [copy.deepcopy(self.call) for _ in range(3)]
+        block.eval()
+        outputs = [o for o in _tensors(block, calls[0]) if o.requires_grad]
         if not self.seeds:
             generator = torch.Generator().manual_seed(1)
             self.seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
         torch.autograd.backward(outputs, [s.reshape(o.shape) for s, o in zip(self.seeds, outputs, strict=True)])
-        block.eval()
-        with torch.no_grad():  # and no mode: torch's own layers take another way in evaluation, if nothing watches
-            out = tree_leaves(block(*copied[1].args, **copied[1].kwargs))
+        places = [*enumerate(calls[0].args), *calls[0].kwargs.items()]
+        with torch.no_grad():
+            evaluated = _tensors(block, calls[1])  # torch's own layers take another way here, if nothing watches
+            block.train()
+            with _NoDropout():
+                trained = _tensors(block, calls[2])
         return _Run(
-            [o.detach() for o in outputs],
-            {place: x.grad for place, x in inputs.items() if x.grad is not None},
-            {name: p.grad for name, p in block.named_parameters() if p.grad is not None},
-            [o for o in out if isinstance(o, Tensor) and o.is_floating_point()],
+            outputs=[o.detach() for o in outputs],
+            evaluated=evaluated,
+            trained=trained,
+            inputs={str(place): x.grad for place, x in places if isinstance(x, Tensor) and x.grad is not None},
+            parameters={name: p.grad for name, p in block.named_parameters() if p.grad is not None},
         )
 
     def _compare(self, runs: list[_Run], blocks: list[nn.Module], divided: bool) -> Verdict:
-        for what in ("outputs", "evaluated"):
+        for what, mode in (("outputs", ""), ("evaluated", " in evaluation"), ("trained", " in training")):
             for run in runs:
                 for i, (mine, whole) in enumerate(zip(getattr(run, what), getattr(self.whole, what), strict=True)):
                     if (distance := _distance(mine, whole)) > TOLERANCE:
-                        mode = "" if what == "outputs" else " in evaluation"
                         return Verdict(f"output {i} differs{mode} by {distance:.1e} of its largest value")
         for place, whole in self.whole.inputs.items():
             worst = max(_distance(run.inputs.get(place), whole) for run in runs)
@@ -154,6 +153,11 @@ class Sample:
                 continue
             return Verdict(f"the gradient of {name} differs by {max(_distance(g, whole) for g in grads):.1e}")
         return Verdict("", tuple(summed))
+
+
+def _tensors(block: nn.Module, call: Call) -> list[Tensor]:
+    out = tree_leaves(block(*call.args, **call.kwargs))
+    return [o for o in out if isinstance(o, Tensor) and o.is_floating_point()]
 
 
 def _distance(x: Tensor | None, whole: Tensor) -> float:

@@ -1,8 +1,8 @@
 """Random numbers inside a tensor cut: another stream on each rank, and the common one untouched for all.
 
 What tensor ranks compute alike (dropout on the hidden state) must draw the same numbers on each of them; what they
-divide (dropout on their heads or channels) must not. Inside a cut a rank's stream is seeded by one number drawn from the
-common stream, so recomputation in the backward pass draws the same again (as Megatron-LM's model-parallel generator).
+divide (dropout on their heads or channels) must not. Inside a cut a rank's stream is seeded by one number drawn from
+the common stream, so recomputation in the backward pass draws the same again (as Megatron-LM's model-parallel generator).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Logits that stay divided along the vocabulary until something needs them whole.
 
 The head's output on each tensor rank is a :class:`VocabularyShard`: it looks like the whole logits, knows how to
-reshape, cast and scale itself and how to compute a cross entropy over pieces (one maximum and one sum are exchanged, never the
-logits; the idea is Megatron-LM's vocabulary-parallel cross entropy). Whatever else is asked of it gathers first, so a
-person's step stays right, only not as lean.
+reshape, cast and scale itself and how to compute a cross entropy over pieces: one maximum and one sum are exchanged,
+never the logits (the idea is Megatron-LM's vocabulary-parallel cross entropy). Whatever else is asked of it gathers
+first, so a person's step stays right, only not as lean.
 """
 
 from __future__ import annotations
