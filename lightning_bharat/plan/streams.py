@@ -2,7 +2,7 @@
 
 What tensor ranks compute alike (dropout on the hidden state) must draw the same numbers on each of them; what they
 divide (dropout on their heads or channels) must not. Inside a cut a rank's stream is seeded by one number drawn from
-the common stream, so recomputation in the backward pass draws the same again (as Megatron-LM's model-parallel generator).
+the common stream, so that recomputation in the backward pass draws the same again (as in Megatron-LM).
 """
 
 from __future__ import annotations

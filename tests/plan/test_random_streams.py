@@ -1,4 +1,4 @@
-"""Dropout under a tensor cut: the same masks where ranks compute alike, others where they divide, again in recomputation."""
+"""Dropout under a tensor cut: the same masks where ranks compute alike, others where they divide; recomputed too."""
 
 import pytest
 import torch
