@@ -120,6 +120,8 @@ def hugging_face(module: torch.nn.Module) -> dict[str, Any] | None:
             tops[name] = part
     if len(tops) != 1:
         return None
+    name: str
+    model: Any
     ((name, model),) = tops.items()
     generation = getattr(model, "generation_config", None)
     return {

@@ -25,6 +25,7 @@ from lightning_bharat.checkpoints import directory, optimizers, plain, stored, w
 from lightning_bharat.checkpoints.document import as_plain
 from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
 from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
+from lightning_bharat.checkpoints.positions import take_position, with_positions
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
@@ -85,10 +86,9 @@ class ShardedCheckpoints(_Base):
         path = directory.local_path(self.broadcast(filepath))
         module = self._module()
         manifest = Manifest.of(checkpoint, self.layout, self.plan, module)
+        checkpoint = with_positions(checkpoint, self.layout)
         if self.save_distributed_checkpoint:
-            here = self.layout.coordinates(self.global_rank)
-            first = here["data"] == here["tensor"] == here["context"] == 0
-            state = weights.as_shares(checkpoint["state_dict"], module, self.slices, first_replica=first)
+            state = weights.as_shares(checkpoint["state_dict"], module, self.slices, self._is_first_replica())
             stored.save(path, {**checkpoint, "state_dict": state}, manifest)
         else:
             on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
@@ -102,7 +102,9 @@ class ShardedCheckpoints(_Base):
         if weights_only is False:
             raise CheckpointError("weights_only=False runs code from the checkpoint; leave it out")
         path = directory.local_path(self.broadcast(checkpoint_path))
-        return together(lambda: plain.read(path) if path.is_file() else stored.Checkpoint(path).load())
+        checkpoint = together(lambda: plain.read(path) if path.is_file() else stored.Checkpoint(path).load())
+        take_position(checkpoint, self.layout, self.global_rank)
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Read the module's state, as far as this rank holds it. All ranks must call it.
@@ -133,6 +135,10 @@ class ShardedCheckpoints(_Base):
         """Remove a checkpoint; a process killed meanwhile leaves no half one."""
         if self.is_global_zero:
             directory.remove(directory.local_path(filepath))
+
+    def _is_first_replica(self) -> bool:
+        here = self.layout.coordinates(self.global_rank)
+        return here["data"] == here["tensor"] == here["context"] == 0
 
     def _module(self) -> Any:
         assert self.lightning_module is not None

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from lightning_bharat.checkpoints import Checkpoint, load_weights, optimizers, save, weights
+from lightning_bharat.checkpoints import Checkpoint, dcp, load_weights, optimizers, save, weights
 from lightning_bharat.checkpoints.errors import together
 from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import Manifest
@@ -98,3 +99,29 @@ def test_what_several_ranks_hold_is_written_once_and_shared_out(saved: dict[str,
 def test_nothing_but_checkpoints_is_left(saved: dict[str, str]) -> None:
     for folder in map(Path, saved.values()):
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def read_sizes(layout: Layout, folder: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Load, and return by tensor how many values this rank read and how many it holds."""
+    read: dict[str, int] = {}
+    read_one = dcp._Reader._read
+
+    def counted(self: Any, file: Any, item: Any, planner: Any) -> None:
+        name = item.storage_index.fqn
+        read[name] = read.get(name, 0) + prod(item.lengths)
+        read_one(self, file, item, planner)
+
+    dcp._Reader._read = counted  # type: ignore[method-assign]
+    case = Case(layout, seed=2)
+    load_weights(case.module, case.slices, Checkpoint(Path(folder)).load()["state_dict"])
+    held = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in case.module.named_parameters()}
+    return read, {name: p.numel() for name, p in held.items() if p.numel()}
+
+
+def test_a_rank_reads_what_it_holds_and_no_more(saved: dict[str, str]) -> None:
+    for layout in (Layout(tensor=4), Layout(data=2, tensor=2)):
+        for folder in (saved["one"], saved["data"]):
+            for read, held in run_ranks(read_sizes, 4, layout, folder):
+                assert read.pop("seen") == 2  # the buffer
+                assert read == held
+                assert held["embedding.weight"] == 12 * 8 // 4

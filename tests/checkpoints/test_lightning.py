@@ -259,3 +259,40 @@ def test_two_replicas(tmp_path: Path, sharded: bool) -> None:
     for rank in range(2):
         assert resumed[rank] == pytest.approx(whole[rank][8:], abs=1e-12)
     assert (tmp_path / "part" / "2.ckpt").is_dir() == sharded
+
+
+class Positions:
+    """A loader that knows where it stands, another place on each rank."""
+
+    def __init__(self) -> None:
+        self.at = 10 * int(os.environ["RANK"])
+
+    def __iter__(self) -> Any:
+        for _ in range(4):
+            self.at += 1
+            yield torch.ones(2, 4, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return 4
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def stop_in_the_middle(path: str, steps: int, ckpt: str | None) -> int:
+    trainer = L.Trainer(strategy=Two(process_group_backend="gloo"), devices=2, max_steps=steps * 2, **QUIET)
+    loader = Positions()
+    trainer.fit(Module(), loader, ckpt_path=ckpt)
+    trainer.save_checkpoint(path)
+    return loader.at
+
+
+def test_every_data_rank_s_loader_continues_where_it_stood(tmp_path: Path) -> None:
+    path = str(tmp_path / "half.ckpt")
+    assert run_ranks(stop_in_the_middle, 2, path, 2, None) == [2, 12]
+    assert run_ranks(stop_in_the_middle, 2, str(tmp_path / "end.ckpt"), 3, path) == [3, 13]
+    with pytest.warns(UserWarning, match=r"for each of its 2 data ranks, and there are 1 now"):
+        fit(One("cpu"), 1, path)
