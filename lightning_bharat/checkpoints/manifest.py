@@ -114,15 +114,13 @@ def hugging_face(module: torch.nn.Module) -> dict[str, Any] | None:
     if transformers is None or "transformers.modeling_utils" not in sys.modules:
         return None
     kind = transformers.PreTrainedModel
-    tops: dict[str, torch.nn.Module] = {}
+    tops: dict[str, Any] = {}
     for name, part in module.named_modules():  # outer modules come first
         if isinstance(part, kind) and not any(not top or name.startswith(f"{top}.") for top in tops):
             tops[name] = part
     if len(tops) != 1:
         return None
-    name: str
-    model: Any
-    ((name, model),) = tops.items()
+    name, model = next(iter(tops.items()))
     generation = getattr(model, "generation_config", None)
     return {
         "prefix": f"{name}." if name else "",

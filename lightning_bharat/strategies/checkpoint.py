@@ -5,8 +5,8 @@
     class HybridStrategy(ShardedCheckpoints, ParallelStrategy): ...
 
 Lightning's own order is kept: a checkpoint is collected by ``lightning_module_state_dict`` and ``optimizer_state``
-(every rank its own parts), passes the module's and callbacks' hooks, and is written by ``save_checkpoint``. It is opened by
-``load_checkpoint`` (tensors stay on disk), passes the hooks, and is read by ``load_model_state_dict`` and
+(every rank its own parts), passes the module's and callbacks' hooks, and is written by ``save_checkpoint``. It is
+opened by ``load_checkpoint`` (tensors stay on disk), passes the hooks, and is read by ``load_model_state_dict`` and
 ``load_optimizer_state_dict``, where each rank reads its parts alone.
 """
 

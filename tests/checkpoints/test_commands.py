@@ -68,7 +68,7 @@ def test_bad_arguments_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         commands.export(checkpoint, tmp_path / "out", prefix="model.")
     with pytest.raises(CheckpointError, match=r"max_shard_size='big' is not a size"):
         commands.export(checkpoint, tmp_path / "out", max_shard_size="big")
-    with pytest.raises(CheckpointError, match="holds none of tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"holds none of tokenizer.json"):
         commands.export(checkpoint, tmp_path / "out", tokenizer=tmp_path)
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         commands.export(tmp_path / "nowhere", tmp_path / "out")
