@@ -1,0 +1,93 @@
+"""Everything private of Lightning that this package touches; tests/strategies/test_private_names.py fails when it moves."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.fabric.utilities.distributed import (
+    _all_gather_ddp_if_available,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.pytorch.callbacks import Callback, ModelSummary, ThroughputMonitor
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from lightning.pytorch.utilities.model_summary import summarize
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+__all__ = ["NOT_AN_ERROR", "SubprocessLauncher"]
+
+# By these Lightning leaves a trainer on all ranks with nothing being wrong: its tuner is ready.
+NOT_AN_ERROR = (_TunerExitException,)
+
+
+def default_backend(device: torch.device) -> str:
+    """``"nccl"`` for CUDA, ``"gloo"`` for the CPU."""
+    return _get_default_process_group_backend_for_device(device)
+
+
+def init_process_group(
+    environment: ClusterEnvironment, backend: str, timeout: timedelta | None, device: torch.device
+) -> None:
+    """Make the process group of all ranks, if there is none."""
+    device_id = None if device.type == "cpu" else device
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+
+
+def set_rank(rank: int) -> None:
+    """Tell Lightning's ``rank_zero_only`` functions (in both of its places) who this is."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only as of_lightning
+
+    of_lightning.rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
+def all_gather(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
+    """(ranks, \\*shape), with gradients if ``sync_grads``."""
+    return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
+
+
+def set_device(module: nn.Module, device: torch.device) -> None:
+    """Make ``module.device`` say ``device``, without moving anything."""
+    _update_properties(module, device=device)
+
+
+def is_averaging(callback: Callback) -> bool:
+    """Whether it is one of Lightning's callbacks that copy the module before a strategy cuts it."""
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+    from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+
+    return isinstance(callback, (StochasticWeightAveraging, WeightAveraging))
+
+
+def use_no_grad(trainer: pl.Trainer) -> None:
+    """Evaluate under ``no_grad``: tensors of ``inference_mode`` can't be gathered into parameters that train later."""
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
+        loop.inference_mode = False
+
+
+def count_by_data_ranks(trainer: pl.Trainer, data: int) -> None:
+    """Let ThroughputMonitor multiply by the data ranks: tensor peers see the same samples."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ThroughputMonitor):
+            for throughput in callback._throughputs.values():
+                throughput.world_size = data
+
+
+def show_whole_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let ModelSummary show ``module`` as it is now, before it is cut over tensor ranks."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelSummary) and callback._max_depth:
+            whole = summarize(module, max_depth=callback._max_depth)
+            callback._summary = lambda *_, whole=whole: whole  # type: ignore[method-assign]
+
+
+def materialize_distributed(module: nn.Module, device: torch.device) -> None:
+    """Give memory and values to what a module that is already distributed has on ``meta``."""
+    _materialize_distributed_module(module, device)

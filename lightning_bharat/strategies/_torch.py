@@ -1,0 +1,121 @@
+"""Everything private of torch that this package touches; tests/strategies/test_private_names.py fails when it moves.
+
+``Root`` drives the outermost FSDP2 state by hand. FSDP2 gathers a module's weights when its ``forward`` is called, and a
+LightningModule is entered by ``training_step`` and its kin instead, which may also run backward and optimizer steps in
+the middle (manual optimization) and read weights without calling the module that holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import Store
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.optim import Optimizer
+
+
+class Root:
+    """The outermost FSDP module of a tree: when its own weights are whole, and when they are divided again.
+
+    Args:
+        module: the root, after ``fully_shard``; its parameters hold data, so no longer on ``meta``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        assert isinstance(module, FSDPModule)
+        self.module = module
+        self._state: FSDPState = module._get_fsdp_state()
+        self._state._pre_forward_hook_handle.remove()
+        self._state._post_forward_hook_handle.remove()
+        self._state._lazy_init()
+        self._groups = self._state._fsdp_param_groups
+        self._armed: set[int] = set()
+        for owner in {info.module for group in self._groups for info in self._owners(group)}:
+            owner.register_forward_pre_hook(lambda *_: self.enter(), prepend=True)
+
+    @staticmethod
+    def _owners(group: Any) -> list[Any]:
+        return [parameter._module_info for parameter in group.fsdp_params]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the root's own weights are gathered."""
+        return all(group.is_unsharded for group in self._groups)
+
+    def enter(self) -> None:
+        """Gather the root's own weights, if they are not."""
+        if self.is_whole and self._groups:
+            return
+        self._state._pre_forward(self.module, (), {})
+        for parameter in self._unsharded():
+            if parameter.requires_grad and id(parameter) not in self._armed:
+                parameter.register_post_accumulate_grad_hook(self._finish_backward)
+                self._armed.add(id(parameter))
+
+    def leave(self, loss: Any, keep: bool) -> None:
+        """End of a step. ``keep``: the weights stay whole for the backward pass of ``loss``, which divides them."""
+        starts = isinstance(loss, Tensor) and loss.requires_grad and loss._base is None
+        self._state._post_forward(self.module, (), loss if keep and starts else None)
+        if not keep:
+            self.module.reshard()
+
+    def divide(self) -> None:
+        """Free the gathered weights, if they are."""
+        if not self._groups or not self.is_whole:
+            return
+        self._state._state_ctx.iter_forward_root = None
+        for state in (self._state, *self._groups):  # entered outside of a step, by a forward that nothing leaves
+            state._training_state = TrainingState.IDLE
+        self.module.reshard()
+
+    def recover(self) -> None:
+        """After an exception in the middle of a step."""
+        self.module.reset_iter_state()
+
+    def _unsharded(self) -> Iterator[nn.Parameter]:
+        for group in self._groups:
+            for parameter in group.fsdp_params:
+                yield parameter.unsharded_param
+
+    def _finish_backward(self, _: Tensor) -> None:
+        """FSDP2 reduces what has no input with a gradient at the end of a backward pass that one of its own hooks saw;
+        a pass that only reaches the root's own weights needs this one."""
+        self._state._register_root_post_backward_final_callback()
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give memory on ``device`` to what is on ``meta``, and to nothing else."""
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+
+
+def found_infs(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list[Tensor]:
+    """The flags (one a device, 0-dimensional) that say whether ``scaler`` saw a gradient that is not finite."""
+    return list(scaler._found_inf_per_device(optimizer).values())
+
+
+def agree_after(scaler: torch.amp.GradScaler, agree: Callable[[list[Tensor]], None]) -> None:
+    """Call ``agree`` on the flags of ``scaler`` whenever it has looked at gradients."""
+
+    def wrap(look: Callable) -> Callable:
+        def wrapped(optimizer: Optimizer) -> Any:
+            out = look(optimizer)
+            agree(found_infs(scaler, optimizer))
+            return out
+
+        return wrapped
+
+    if not hasattr(scaler, "_agrees"):
+        scaler.unscale_ = wrap(scaler.unscale_)  # type: ignore[method-assign]
+        scaler._check_inf_per_device = wrap(scaler._check_inf_per_device)  # type: ignore[method-assign]
+        scaler._agrees = True  # type: ignore[attr-defined]
+
+
+def default_store() -> Store:
+    """The store of the default process group."""
+    return _get_default_store()

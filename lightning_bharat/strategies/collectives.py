@@ -1,0 +1,79 @@
+"""What Lightning exchanges between ranks: logged values, decisions, objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_bharat.strategies import _lightning
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _Base
+else:
+    _Base = object
+
+T = TypeVar("T")
+
+
+class Collectives(_Base):
+    """Mixed into a strategy whose data ranks are ``data_group``. Before processes are connected, there is one rank."""
+
+    data_group: dist.ProcessGroup
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """``tensor`` over the ranks of ``group``, as a new tensor; what is not a tensor comes back as it is.
+
+        By default over all ranks, of which tensor peers hold equal values; a sum goes over the data ranks alone, so that
+        it counts nothing twice. The mean of whole numbers is a float64.
+        """
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+            return tensor
+        operation = _operation(reduce_op)
+        mean = operation == dist.ReduceOp.AVG
+        if group is None and operation in (dist.ReduceOp.SUM, dist.ReduceOp.PRODUCT):
+            group = self.data_group
+        out = tensor.detach().clone() if tensor.is_floating_point() or not mean else tensor.double()
+        moved = out.to(self.root_device)
+        dist.all_reduce(moved, dist.ReduceOp.SUM if mean else operation, group=group)
+        if mean:
+            moved /= dist.get_world_size(group)
+        return moved.to(tensor.device)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks (``all=False``: any rank) decided so."""
+        if not dist.is_initialized():
+            return decision
+        flag = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """(data ranks, \\*shape): tensor peers hold the same, so each value comes once."""
+        everyone = group is None or group is dist.group.WORLD
+        if not dist.is_initialized():
+            return tensor
+        return _lightning.all_gather(tensor, self.data_group if everyone else group, sync_grads)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """``obj`` of rank ``src`` on all ranks."""
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        if dist.is_initialized():
+            devices = [self.root_device.index] if dist.get_backend() == "nccl" else None
+            dist.barrier(device_ids=devices)
+
+
+def _operation(reduce_op: Any) -> Any:
+    if not isinstance(reduce_op, str):
+        return dist.ReduceOp.SUM if reduce_op is None else reduce_op
+    name = "AVG" if reduce_op.lower() in ("mean", "avg") else reduce_op.upper()
+    return getattr(dist.ReduceOp, name)

@@ -1,0 +1,115 @@
+"""Ranks, their devices and their process group: what a strategy is before it knows its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_bharat.plan.layout import Layout
+from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies.collectives import Collectives
+from lightning_bharat.strategies.options import Options
+
+
+class ConnectedStrategy(Collectives, ParallelStrategy):
+    """Started by ``devices=n``, ``torchrun`` or Slurm, its ranks stand in a :class:`~lightning_bharat.Layout`."""
+
+    options: Options
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_nodes = 1
+        self.choices: dict[str, str] = {}
+        self._layout: Layout | None = None
+        self._mesh: DeviceMesh | None = None
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks whether to divide data and to reduce logged values."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this host."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def layout(self) -> Layout:
+        """How many ways each cut is made; known once processes are connected."""
+        return _known(self._layout, "layout")
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """All ranks, with the axes ``"data_parallel"`` and ``"tensor_parallel"``."""
+        return _known(self._mesh, "device mesh")
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:  # type: ignore[override]
+        """The ranks that hold other batches and the same tensor pieces."""
+        return self.device_mesh.get_group("data_parallel")
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same batch and other tensor pieces; ``None`` if this is the only one."""
+        return self.device_mesh.get_group("tensor_parallel") if self.layout.tensor > 1 else None
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Data is divided over data ranks alone: tensor peers load the same batches."""
+        here = self.layout.coordinates(self.global_rank)
+        return {"num_replicas": self.layout.data, "rank": here["data"]}
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _lightning.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        """Called by Lightning when it has chosen devices and nodes."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        _lightning.set_rank(self.global_rank)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        backend = self.options.process_group_backend or _lightning.default_backend(self.root_device)
+        _lightning.init_process_group(self.cluster_environment, backend, self.options.timeout, self.root_device)
+
+    def arrange_ranks(self, module: Any) -> None:
+        """Choose the layout, if there is none yet, and make its mesh. All ranks must call it.
+
+        Raises:
+            LayoutError: the sizes do not fit the devices.
+        """
+        if self._layout is None:
+            self._layout = self.options.layout(
+                self.world_size, self.num_processes, module, self.root_device, self.choices
+            )
+            self._mesh = self._layout.mesh(self.root_device.type)
+
+    def teardown(self) -> None:
+        """Ends nothing that a next run needs: the module stays cut, the process group connected."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+
+def _known(value: Any, name: str) -> Any:
+    if value is None:
+        raise RuntimeError(f"the {name} is known when trainer.fit, validate, test or predict has connected the ranks")
+    return value

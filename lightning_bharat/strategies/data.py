@@ -1,0 +1,127 @@
+"""The data cut: parameters, gradients and optimizer states divided over data ranks by FSDP2 (``fully_shard``).
+
+Blocks are gathered one by one around their ``forward``; what is outside of blocks is gathered for the length of a step.
+Between steps every parameter is a ``DTensor`` of which a rank holds its rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.optim import Optimizer
+
+from lightning_bharat.strategies._torch import Root
+from lightning_bharat.strategies.scalars import Scalars
+
+
+def find_units(module: nn.Module) -> list[str]:
+    """Names of the modules to gather one at a time: the members of each outermost list of two or more modules of one
+    class that have parameters and children, where no parameter is also used elsewhere."""
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    found: list[str] = []
+    for name, container in module.named_modules():
+        nested = any(name.startswith(f"{unit}.") or name == unit for unit in found)
+        if nested or not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            continue
+        members = [(n, m) for n, m in container.named_children() if next(m.parameters(), None) is not None]
+        alike = len(members) > 1 and len({type(m) for _, m in members}) == 1
+        if alike and all(_is_unit(m, uses) for _, m in members):
+            found += [f"{name}.{n}".lstrip(".") for n, _ in members]
+    return found
+
+
+def _is_unit(module: nn.Module, uses: Counter[int]) -> bool:
+    inside = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    return next(module.children(), None) is not None and all(uses[p] == inside[p] for p in inside)
+
+
+class DataShards:
+    """A module whose parameters are divided over data ranks, and when they are whole.
+
+    Args:
+        module: the LightningModule; real or on ``meta``.
+        mesh: the data ranks: one axis, or (replicate, shard).
+        units: names of the modules that are gathered one at a time.
+        reshard: free a unit's weights between its forward and its backward (``None``: yes), or an ``int``: divide them
+            over that many ranks only, as in ``fully_shard``.
+        offload: keep parameters, gradients and optimizer states in the host's memory.
+    """
+
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh, units: list[str], reshard: bool | int | None, offload: bool
+    ) -> None:
+        self.module, self.units = module, units
+        self._scalars = Scalars(module, mesh)
+        keep: dict[str, Any] = {"mesh": mesh, "ignored_params": self._scalars.parameters}
+        if offload:
+            keep["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        else:
+            keep["offload_policy"] = OffloadPolicy()
+        for name in units:
+            unit = module.get_submodule(name)
+            if not isinstance(unit, FSDPModule):  # one module may stand in a list twice
+                fully_shard(unit, reshard_after_forward=True if reshard is None else reshard, **keep)
+        fully_shard(module, reshard_after_forward=False, **keep)
+        self._root: Root | None = None
+
+    def ready(self) -> None:
+        """The weights have values: FSDP may look at them."""
+        self._scalars.divide()
+        self._root = Root(self.module)
+
+    def step(self, run: Callable[[], Any], backward: bool) -> Any:
+        """Call ``run`` with whole weights. ``backward``: its loss is going to be differentiated afterwards."""
+        assert self._root is not None
+        self._root.enter()
+        self._scalars.gather()
+        try:
+            out = run()
+        except BaseException:
+            self._root.recover()
+            self._scalars.divide()
+            raise
+        loss = out.get("loss") if isinstance(out, dict) else out
+        self._root.leave(loss, keep=backward)
+        if not backward:
+            self._scalars.divide()
+        return out
+
+    def after_backward(self) -> None:
+        """FSDP has divided what it handles."""
+        self._scalars.divide()
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Never leave weights gathered from before a step of ``optimizer``."""
+        optimizer.register_step_post_hook(lambda *_: self.rest())
+
+    def rest(self) -> None:
+        """Divide what is still whole."""
+        if self._root is not None:
+            self._root.divide()
+            self._scalars.divide()
+
+    @contextmanager
+    def without_sync(self) -> Iterator[None]:
+        """Backward passes in here add to this rank's gradients, without an exchange."""
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(False)
+        self._scalars.sync = False
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
+            self._scalars.sync = True
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a parameter or gradient, sharing its memory."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

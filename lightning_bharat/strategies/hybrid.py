@@ -1,0 +1,225 @@
+"""``strategy="bharat_hybrid"``: an ordinary LightningModule under data × tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.shards import TensorSlice
+from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
+from lightning_bharat.strategies.connection import ConnectedStrategy
+from lightning_bharat.strategies.ends_together import EndsTogether
+from lightning_bharat.strategies.options import Auto, Options
+from lightning_bharat.strategies.precision import across_ranks, total_norm
+from lightning_bharat.strategies.preparation import Preparation, refuse_callbacks
+from lightning_bharat.strategies.token_weights import TokenWeights
+
+
+class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):  # type: ignore[misc]
+    """Trains an unchanged LightningModule on data × tensor ranks.
+
+    Parameters, gradients and optimizer states are divided over the data ranks by FSDP2; weights of attention heads,
+    channels and the vocabulary over the tensor ranks, where a dry run and a proof in float64 show that nothing changes.
+    Batch sizes are per data rank; tensor ranks of one data rank load the same batches.
+
+    Args:
+        data_parallel_size: ``"auto"`` takes all ranks that the other sizes leave.
+        tensor_parallel_size: neighbours on a host. ``"auto"`` is 1 as long as the model fits.
+        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1 in this version.
+        replicate_size: copies of the divided parameters among the data ranks (hybrid sharding); divides the data size.
+        num_microbatches, schedule, microbatch_fn: for pipelines, so not in this version.
+        sequence_parallel: also divide the hidden state between cuts along the sequence. ``"auto"``: where proven.
+        loss_parallel: keep logits divided along the vocabulary in the loss. ``"auto"``: where proven.
+        token_weighted: weigh data ranks and accumulated batches by their valid labels, so that the gradient is the mean
+            over all labels. ``False`` is Lightning's mean of means. The step returns and logs the mean over its own
+            rank's labels in both cases.
+        plan: where to cut: Hugging Face's strings by module name, or a :class:`~lightning_bharat.ModelPlan`. ``None``
+            finds it.
+        reshard_after_forward: free a block's gathered weights between forward and backward (``None``: yes). An ``int``
+            divides them over that many ranks meanwhile.
+        activation_checkpointing: ``"full"`` computes blocks again in the backward pass, ``"selective"`` all of a block
+            but matrix products and attention.
+        offload: keep parameters, gradients and optimizer states in the host's memory.
+        compile: ``torch.compile`` each block.
+        weights: start from these weights instead of the module's own: a ``.safetensors`` file, a folder of them (as
+            Hugging Face writes), a state dict or a file of one. Each rank reads its parts alone.
+        save_distributed_checkpoint: write directories, each rank its parts; ``False`` gathers a plain ``.ckpt``.
+        process_group_backend: ``None``: ``"nccl"`` on CUDA, ``"gloo"`` on the CPU.
+        timeout: of collectives.
+
+    Raises:
+        ValueError: an argument with a value that this version does not do, by name.
+        LayoutError: sizes that do not fit the devices or the model.
+        PlanError: a model that can't be cut as asked.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Auto = "auto",
+        tensor_parallel_size: Auto = "auto",
+        pipeline_parallel_size: Auto = "auto",
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        replicate_size: int = 1,
+        num_microbatches: int | None = None,
+        schedule: str = "1F1B",
+        sequence_parallel: bool | Literal["auto"] = "auto",
+        loss_parallel: bool | Literal["auto"] = "auto",
+        token_weighted: bool = False,
+        microbatch_fn: Callable | None = None,
+        plan: dict[str, str] | ModelPlan | None = None,
+        reshard_after_forward: bool | int | None = None,
+        activation_checkpointing: Literal["full", "selective"] | None = None,
+        offload: bool = False,
+        compile: bool = False,
+        weights: Any = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__()
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.options = Options(**given)
+        self.save_distributed_checkpoint = save_distributed_checkpoint
+        self.plan: ModelPlan | None = None
+        self.slices: dict[str, TensorSlice] = {}
+        self._prepared: Preparation | None = None
+        self._tokens: TokenWeights | None = None
+
+    # ---- setting up
+
+    def setup_environment(self) -> None:
+        ConnectedStrategy.setup_environment(self)
+        self.watch_errors()
+        module = self._module()
+        self.arrange_ranks(module)
+        assert self.watch is not None
+        self.watch.rank_name = self.layout.name
+        across_ranks(self.precision_plugin, self._groups_of, self.root_device)
+        module._device_mesh = self.device_mesh  # for a configure_model written for Lightning's ModelParallelStrategy
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self._module()
+        refuse_callbacks(trainer, self.layout)
+        _lightning.use_no_grad(trainer)
+        if self._prepared is None or self._prepared.module is not module:
+            self._prepared = Preparation(self, trainer, module)
+            self.plan, self.slices = self._prepared.plan, self._prepared.slices
+        _lightning.count_by_data_ranks(trainer, self.layout.data)
+        self._tokens = TokenWeights(self.data_group) if self.options.token_weighted else None
+        self.barrier()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            for optimizer in self.optimizers:
+                self._prepared.watch(optimizer)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        self.optimizers, self.lr_scheduler_configs = [], []  # those of an earlier run
+        super().setup_optimizers(trainer)
+
+    def model_to_device(self) -> None:
+        """Done when the module is prepared, block by block."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Where tensors are made: on ``meta`` with ``empty_init``; they get their values when the module is cut."""
+        on: AbstractContextManager = torch.device("meta") if empty_init else nullcontext()
+        with on, self.precision_plugin.tensor_init_context():
+            yield
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        plugin = precision_plugin if precision_plugin is not None else Precision()
+        self._precision_plugin = across_ranks(plugin, self._groups_of, torch.device("cpu"))
+
+    # ---- steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        step = self._whole("training_step", args, kwargs, backward=self._module().automatic_optimization)
+        return self._tokens.watch(step) if self._tokens else step()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._whole("validation_step", args, kwargs)()
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._whole("test_step", args, kwargs)()
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._whole("predict_step", args, kwargs)()
+
+    def _whole(self, name: str, args: tuple, kwargs: dict[str, Any], backward: bool = False) -> Callable[[], Any]:
+        assert self._prepared is not None
+        step = getattr(super(), name)
+        return lambda: self._prepared.step(lambda: step(*args, **kwargs), backward)  # type: ignore[union-attr]
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self._tokens:
+            module = self._module()
+            divided_by = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+            closure_loss = self._tokens.weigh(closure_loss, divided_by, module.parameters())
+        out = super().backward(closure_loss, optimizer, *args, **kwargs)
+        assert self._prepared is not None
+        self._prepared.after_backward()
+        return out
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable, model: Any = None, **kwargs: Any) -> Any:
+        out = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._tokens:
+            self._tokens.stepped()
+        return out
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Backward passes in here exchange no gradients: all but the last of an accumulation window."""
+        # Rescaling of what is accumulated (token_weighted) needs reduced gradients.
+        blocked = self._prepared.without_sync() if self._prepared and not self._tokens else nullcontext()
+        with blocked:
+            yield
+
+    def grad_norm(self, norm_type: float = 2.0) -> Tensor:
+        """The norm of all gradients as one vector, over all ranks. All ranks must call it, after the backward pass."""
+        return total_norm(self._module().parameters(), self._groups_of, norm_type, self.root_device)
+
+    def _groups_of(self, parameter: Tensor) -> list[dist.ProcessGroup]:
+        cut = self._prepared is not None and id(parameter) in self._prepared.cut
+        return [self.tensor_group] if cut and self.tensor_group is not None else []
+
+    # ---- words, and the end
+
+    def explain(self) -> str:
+        """Each choice that was made and why, as text."""
+        lines = [f"{self._layout or 'layout not known yet'}"]
+        lines += [f"{name}: {why}" for name, why in self.choices.items()]
+        if self.plan is not None:
+            lines += ["", str(self.plan)]
+        return "\n".join(lines)
+
+    def teardown(self) -> None:
+        if self._prepared is not None:
+            self._prepared.rest()
+        super().teardown()
+
+    def __repr__(self) -> str:
+        return f"HybridStrategy({self._layout or self.options})"

@@ -1,0 +1,136 @@
+"""The arguments of HybridStrategy: which values this version does, and the sizes that "auto" stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_bharat.plan.layout import Layout, LayoutError
+from lightning_bharat.strategies.memory import device_bytes, fitting_tensor_size
+from lightning_bharat.strategies.recompute import MODES
+
+Auto: TypeAlias = int | Literal["auto"]
+
+_NOT_YET = {
+    "pipeline_parallel_size": ("auto", 1),
+    "context_parallel_size": (1,),
+    "expert_parallel_size": (1,),
+    "num_microbatches": (None,),
+    "schedule": ("1F1B",),
+    "microbatch_fn": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """See :class:`~lightning_bharat.HybridStrategy`.
+
+    Raises:
+        ValueError: names the argument, its value and what to write instead.
+    """
+
+    data_parallel_size: Auto
+    tensor_parallel_size: Auto
+    pipeline_parallel_size: Auto
+    context_parallel_size: int
+    expert_parallel_size: int
+    replicate_size: int
+    num_microbatches: int | None
+    schedule: str
+    sequence_parallel: bool | Literal["auto"]
+    loss_parallel: bool | Literal["auto"]
+    token_weighted: bool
+    microbatch_fn: Callable | None
+    plan: Any
+    reshard_after_forward: bool | int | None
+    activation_checkpointing: str | None
+    offload: bool
+    compile: bool
+    weights: Any
+    save_distributed_checkpoint: bool
+    process_group_backend: str | None
+    timeout: timedelta | None
+
+    def __post_init__(self) -> None:
+        for name, done in _NOT_YET.items():
+            if getattr(self, name) not in done:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: this version cuts over data and tensor ranks only; "
+                    f"leave {name} out, and use data_parallel_size and tensor_parallel_size"
+                )
+        for name in ("data_parallel_size", "tensor_parallel_size"):
+            size = getattr(self, name)
+            if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f'{name}={size!r}: write a whole number from 1 up, or "auto"')
+        for name in ("sequence_parallel", "loss_parallel"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ValueError(f'{name}={getattr(self, name)!r}: write True, False or "auto"')
+        if self.activation_checkpointing not in MODES:
+            raise ValueError(
+                f'activation_checkpointing={self.activation_checkpointing!r}: write "full", "selective" or None'
+            )
+
+    def layout(
+        self, devices: int, devices_on_host: int, module: nn.Module, device: torch.device, choices: dict[str, str]
+    ) -> Layout:
+        """The sizes of all axes for ``devices`` ranks; adds to ``choices`` why.
+
+        Raises:
+            LayoutError: the sizes do not multiply to ``devices``.
+        """
+        tensor = self.tensor_parallel_size
+        if tensor == "auto":
+            tensor, choices["tensor_parallel_size"] = self._auto_tensor(devices, devices_on_host, module, device)
+        data = self.data_parallel_size
+        if data == "auto":
+            if devices % tensor:
+                fits = [n for n in range(1, devices + 1) if devices % n == 0]
+                raise LayoutError(
+                    f"tensor_parallel_size={tensor} does not divide the {devices} devices; "
+                    f"sizes that do: {', '.join(map(str, fits))}"
+                )
+            data = devices // tensor
+        if data * tensor != devices:
+            raise LayoutError(
+                f"data_parallel_size={data} × tensor_parallel_size={tensor} = {data * tensor} ranks, and there are "
+                f'{devices} devices; write data_parallel_size="auto" or devices={data * tensor}'
+            )
+        return Layout(data=data, tensor=tensor, replicate=self.replicate_size)
+
+    def _auto_tensor(
+        self, devices: int, devices_on_host: int, module: nn.Module, device: torch.device
+    ) -> tuple[int, str]:
+        if self.data_parallel_size != "auto":
+            if devices % self.data_parallel_size:
+                raise LayoutError(
+                    f"data_parallel_size={self.data_parallel_size} does not divide the {devices} devices; "
+                    f'write data_parallel_size="auto"'
+                )
+            size = devices // self.data_parallel_size
+            return size, f"{size}, what data_parallel_size={self.data_parallel_size} leaves of {devices} devices"
+        shapes = _on_meta(module)
+        if shapes is None:
+            return 1, "1: configure_model could not be run on meta to see whether the model fits"
+        memory = device_bytes(device, devices_on_host)
+        size, need = fitting_tensor_size(shapes, devices, devices_on_host, memory)
+        return size, f"{size}: {need}"
+
+
+def _on_meta(module: nn.Module) -> nn.Module | None:
+    """The module's parameters, also when ``configure_model`` is yet to make them."""
+    if not is_overridden("configure_model", module):  # type: ignore[arg-type]
+        return module
+    try:
+        with torch.device("meta"):
+            copy: Any = deepcopy(module)
+            copy.configure_model()
+        return copy
+    except Exception:  # a person's code, that may ask for what is only there later
+        return None

@@ -1,0 +1,75 @@
+"""The plan of a strategy's module: found and proven on rank 0, the same plain data on all ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.find import find_plan, structural_plan
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.strategies.dry_step import dry_step, first_batch
+
+if TYPE_CHECKING:
+    from lightning_bharat.strategies.hybrid import HybridStrategy
+
+
+def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:
+    """The strategy's plan, checked against its layout. All ranks must call it.
+
+    Raises:
+        PlanError: on all ranks with the same words.
+        LayoutError: the tensor size does not fit the model.
+    """
+    given = strategy.options.plan
+    warn_unused(strategy)
+    if strategy.layout.tensor == 1:
+        if isinstance(given, ModelPlan):
+            return given
+        if given is not None:
+            strategy.choices["plan"] = "not used: tensor_parallel_size is 1"
+        return structural_plan(module)
+    plan = given if isinstance(given, ModelPlan) else _found_by_rank_zero(strategy, trainer, module)
+    strategy.layout.check(plan)
+    return plan
+
+
+def _found_by_rank_zero(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:
+    answer = ""
+    if strategy.is_global_zero:
+        try:
+            batch = first_batch(trainer)
+            plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
+            answer = json.dumps({"plan": plan.to_dict()})
+        except Exception as error:
+            kind = "" if isinstance(error, PlanError) else f"{type(error).__name__}: "
+            answer = json.dumps({"error": f"{kind}{error}"})
+    told = json.loads(strategy.broadcast(answer))
+    if "error" in told:
+        raise PlanError(told["error"])
+    return ModelPlan.from_dict(told["plan"])
+
+
+def used(strategy: HybridStrategy, plan: ModelPlan, what: str) -> bool:
+    """Whether ``sequence`` or ``loss`` parallelism is used; says why in the strategy's choices.
+
+    Raises:
+        PlanError: it is asked for, and not proven.
+    """
+    asked, problem = getattr(strategy.options, f"{what}_parallel"), getattr(plan, what)
+    if asked is True and problem:
+        raise PlanError(f'{what}_parallel=True: not proven right for this model: {problem}; write {what}_parallel="auto"')
+    use = asked is not False and not problem
+    strategy.choices[f"{what}_parallel"] = "used, proven" if use else f"not used: {problem or 'as asked'}"
+    return use
+
+
+def warn_unused(strategy: HybridStrategy) -> None:
+    """Say what was asked for and has no meaning without tensor ranks."""
+    for what in ("sequence_parallel", "loss_parallel"):
+        if getattr(strategy.options, what) is True and strategy.layout.tensor == 1:
+            strategy.choices[what] = "not used: tensor_parallel_size is 1"
+            rank_zero_warn(f"{what}=True has no effect: tensor_parallel_size is 1")

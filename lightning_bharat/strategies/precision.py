@@ -1,0 +1,132 @@
+"""Gradients seen as one vector over all ranks: its norm, clipping, and a scaler that decides alike everywhere.
+
+Lightning's precision plugins stay what they are; :func:`across_ranks` gives one of them the methods that must look beyond
+this rank's pieces, so that an overridden ``configure_gradient_clipping`` goes through them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.optim import Optimizer
+
+from lightning_bharat.strategies._torch import agree_after
+
+P = TypeVar("P", bound=Precision)
+Groups = Callable[[Tensor], Iterable[dist.ProcessGroup]]
+
+
+class AcrossRanks(Precision):
+    """Mixed into a precision plugin: clipping over all pieces of all ranks.
+
+    Attributes:
+        groups_of: the process groups over which a parameter is divided (beyond what its ``DTensor`` says).
+        device: where norms are exchanged.
+    """
+
+    groups_of: Groups
+    device: torch.device
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Scale the gradients of ``optimizer`` so that their norm over all ranks is at most ``clip_val``."""
+        parameters = [p for p in self.main_params(optimizer) if p.grad is not None]  # type: ignore[arg-type]
+        total = total_norm(parameters, self.groups_of, 2.0, self.device)
+        scale = (clip_val / (total + 1e-6)).clamp(max=1.0)
+        for grads in _by_kind(parameters):
+            torch._foreach_mul_(grads, scale.to(grads[0]))
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clamp each gradient of ``optimizer`` to [-clip_val, clip_val]."""
+        for grads in _by_kind(self.main_params(optimizer)):  # type: ignore[arg-type]
+            torch._foreach_clamp_min_(grads, -clip_val)
+            torch._foreach_clamp_max_(grads, clip_val)
+
+
+def across_ranks(plugin: P, groups_of: Groups, device: torch.device) -> P:
+    """Make ``plugin`` clip and scale over all ranks. All ranks must then take optimizer steps together."""
+    if not isinstance(plugin, AcrossRanks):
+        kind = type(plugin)
+        plugin.__class__ = type(kind.__name__, (AcrossRanks, kind), {})
+    plugin.groups_of, plugin.device = groups_of, device  # type: ignore[attr-defined]
+    scaler: Any = getattr(plugin, "scaler", None)
+    if scaler is not None:
+        agree_after(scaler, _agree)
+    return plugin
+
+
+def _agree(flags: list[Tensor]) -> None:
+    """What one rank saw not to be finite, no rank steps with."""
+    if dist.is_initialized():
+        for flag in flags:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+
+
+@torch.no_grad()
+def total_norm(
+    parameters: Iterable[Tensor], groups_of: Groups, norm_type: float = 2.0, device: torch.device | None = None
+) -> Tensor:
+    """The ``norm_type``-norm of all gradients as one vector, each element of a whole gradient counted once.
+
+    Gradients may live on several meshes and in plain pieces. All ranks must call it with the same parameters.
+
+    Returns:
+        0-dimensional, in float32, or float64 where a gradient is.
+    """
+    parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    dtype = torch.float32
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        grad, groups = _local(parameter.grad)
+        key = tuple(sorted({*groups, *groups_of(parameter)}, key=lambda group: group.group_name))
+        parts.setdefault(key, []).append(grad)
+        dtype = torch.promote_types(dtype, grad.dtype)
+    device = device or torch.device("cpu")
+    sums = {key: _sum_of_powers(grads, norm_type, dtype, device) for key, grads in parts.items()}
+    operation = dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM
+    for group in sorted({group for key in sums for group in key}, key=lambda group: group.group_name):
+        inside = [key for key in sums if group in key]
+        packed = torch.stack([sums[key] for key in inside])
+        dist.all_reduce(packed, operation, group=group)
+        sums.update(zip(inside, packed.unbind(), strict=True))
+    if not sums:
+        return torch.zeros((), dtype=dtype, device=device)
+    every = torch.stack(list(sums.values()))
+    return every.amax() if norm_type == inf else every.sum().pow(1 / norm_type)
+
+
+def _sum_of_powers(grads: list[Tensor], norm_type: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    held = [grad for grad in grads if grad.numel()]
+    if not held:
+        return torch.zeros((), dtype=dtype, device=device)
+    norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(held, norm_type, dtype=dtype)])
+    return norms.amax() if norm_type == inf else norms.pow(norm_type).sum()
+
+
+def _local(grad: Tensor) -> tuple[Tensor, list[dist.ProcessGroup]]:
+    """This rank's piece of a gradient, and the groups over which its mesh divides it."""
+    if not isinstance(grad, DTensor):
+        return grad, []
+    if any(isinstance(placement, Partial) for placement in grad.placements):
+        whole = [Replicate() if isinstance(placement, Partial) else placement for placement in grad.placements]
+        grad = grad.redistribute(grad.device_mesh, whole)
+    divided = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
+    return grad.to_local(), [grad.device_mesh.get_group(axis) for axis in divided]
+
+
+def _by_kind(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Local gradients that one ``_foreach`` call can take."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            if grad.numel():
+                kinds.setdefault((grad.device, grad.dtype), []).append(grad)
+    return list(kinds.values())

@@ -1,0 +1,190 @@
+"""From the module as the person wrote it to the one that trains: cut, recomputing, compiled, divided, with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_bharat.plan.layout import Layout
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.shards import TensorSlice
+from lightning_bharat.strategies import _lightning, planning
+from lightning_bharat.strategies.agreement import agree_on_weights
+from lightning_bharat.strategies.data import DataShards, find_units
+from lightning_bharat.strategies.initialize import Initializer
+from lightning_bharat.strategies.recompute import recompute
+from lightning_bharat.strategies.tensor import cut_module
+
+if TYPE_CHECKING:
+    from lightning_bharat.strategies.hybrid import HybridStrategy
+
+
+def refuse_callbacks(trainer: pl.Trainer, layout: Layout) -> None:
+    """Raise for callbacks that have copied the module before it is cut.
+
+    Raises:
+        MisconfigurationException: names the callback and ours.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if layout.devices > 1 and _lightning.is_averaging(callback):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} averages a copy of the whole module, and bharat_hybrid cuts it over "
+                f"{layout.devices} ranks. Use lightning_bharat.callbacks.WeightAveraging or EMAWeightAveraging, which "
+                "take the same arguments and average each rank's pieces"
+            )
+
+
+class Preparation:
+    """One module, made ready in the order that each part needs: convert, agree, plan, cut, recompute, compile, divide,
+    initialize.
+
+    Attributes:
+        plan: where the module can be cut. ``None`` for a module that its own ``configure_model`` has cut.
+        slices: by full name, which part of a parameter this tensor rank holds.
+        cut: ids of the parameters that are such parts.
+    """
+
+    def __init__(self, strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.module, self.strategy = module, strategy
+        self.plan: ModelPlan | None = None
+        self.slices: dict[str, TensorSlice] = {}
+        self._shards: DataShards | None = None
+        strategy.model = strategy.precision_plugin.convert_module(module)
+        if _is_cut(module):
+            self._take_as_it_is()
+        else:
+            self._cut(trainer)
+        self._synchronize_metrics()
+        self.cut = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in self.slices}
+
+    def _cut(self, trainer: pl.Trainer) -> None:
+        strategy, module, options, layout = self.strategy, self.module, self.strategy.options, self.strategy.layout
+        choices = strategy.choices
+        device = strategy.root_device
+        start = Initializer(module, options.weights)
+        agreed = "" if options.weights is not None else agree_on_weights(module, device)
+        choices["weights"] = start.words or agreed
+        self.plan = planning.plan_for(strategy, trainer, module)
+        units = find_units(module)
+        if layout.tensor > 1:
+            _lightning.show_whole_summary(trainer, module)
+            sequence, loss = (planning.used(strategy, self.plan, name) for name in ("sequence", "loss"))
+            assert strategy.tensor_group is not None
+            self.slices = cut_module(module, self.plan, strategy.tensor_group, sequence=sequence, loss=loss)
+        self._change_blocks(units)
+        if layout.data > 1 or options.offload:
+            self._divide(units)
+        else:
+            choices["data_parallel_size"] = "1: nothing is divided over data ranks"
+        start.fill(self.slices, device, options.offload)
+        if self._shards is not None:
+            self._shards.ready()
+        self._move()
+
+    def _change_blocks(self, units: list[str]) -> None:
+        options, choices = self.strategy.options, self.strategy.choices
+        for name, wanted in (("activation_checkpointing", options.activation_checkpointing), ("compile", options.compile)):
+            if wanted and not units:
+                raise ValueError(
+                    f"{name}={wanted!r} works on repeated blocks, and {type(self.module).__name__} has no list of them; "
+                    f"put two or more modules of one class in an nn.ModuleList, or leave {name} out"
+                )
+            if wanted:
+                choices[name] = f"{wanted}, for {len(units)} blocks"
+        for block in {id(m): m for m in map(self.module.get_submodule, units)}.values():
+            if options.activation_checkpointing:
+                recompute(block, options.activation_checkpointing)
+            if options.compile:
+                block.compile()
+
+    def _divide(self, units: list[str]) -> None:
+        strategy, layout = self.strategy, self.strategy.layout
+        mesh = strategy.device_mesh["data_parallel"]
+        if layout.replicate > 1:
+            shape = (layout.replicate, layout.data // layout.replicate, layout.tensor)
+            names = ("replicate", "shard", "tensor_parallel")
+            mesh = init_device_mesh(strategy.root_device.type, shape, mesh_dim_names=names)["replicate", "shard"]
+        options = strategy.options
+        self._shards = DataShards(self.module, mesh, units, options.reshard_after_forward, options.offload)
+        what = f"{len(units)} blocks one at a time, the rest for a whole step" if units else "the whole module at once"
+        copies = f" in {layout.replicate} copies" if layout.replicate > 1 else ""
+        strategy.choices["data_parallel_size"] = f"{layout.data}: FSDP2{copies} gathers {what}"
+
+    def _move(self) -> None:
+        device = self.strategy.root_device
+        if self._shards is None or not self.strategy.options.offload:
+            self.module.to(device)
+            return
+        for metric in (m for m in self.module.modules() if isinstance(m, Metric)):
+            metric.to(device)
+        _lightning.set_device(self.module, device)
+
+    def _take_as_it_is(self) -> None:
+        self.strategy.choices["plan"] = "the module was cut by its own configure_model, and is taken as it is"
+        _lightning.materialize_distributed(self.module, self.strategy.root_device)
+        self.module.to(self.strategy.root_device)
+
+    def _synchronize_metrics(self) -> None:
+        """torchmetrics gather over all ranks unless told: tensor peers would count twice."""
+        for metric in (m for m in self.module.modules() if isinstance(m, Metric)):
+            if metric.process_group is None and self.strategy.layout.tensor > 1:
+                metric.process_group = self.strategy.data_group
+
+    # ---- while it runs
+
+    def step(self, run: Callable[[], Any], backward: bool) -> Any:
+        """Call ``run``, a step of the module, with whole weights."""
+        return self._shards.step(run, backward) if self._shards else run()
+
+    def after_backward(self) -> None:
+        """A backward pass has ended."""
+        if self._shards:
+            self._shards.after_backward()
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Tell the data cut about steps of ``optimizer``."""
+        if self._shards:
+            self._shards.watch(optimizer)
+
+    def rest(self) -> None:
+        """Divide what is whole."""
+        if self._shards:
+            self._shards.rest()
+
+    def without_sync(self) -> AbstractContextManager:
+        """Backward passes in here do not exchange gradients."""
+        if self._shards:
+            return self._shards.without_sync()
+        outermost = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        return _WithoutSync(outermost) if outermost else nullcontext()
+
+
+class _WithoutSync:
+    """For modules that were cut by their own ``configure_model``."""
+
+    def __init__(self, modules: list[FSDPModule]) -> None:
+        self._modules = modules
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+
+    def __exit__(self, *_: Any) -> None:
+        for module in self._modules:
+            module.set_requires_gradient_sync(True, recurse=False)
+
+
+def _is_cut(module: nn.Module) -> bool:
+    return any(isinstance(m, FSDPModule) for m in module.modules()) or any(
+        isinstance(p, DTensor) for p in module.parameters()
+    )

@@ -1,0 +1,71 @@
+"""Parameters without dimensions, which FSDP2 can't divide: whole on every data rank, their gradients averaged.
+
+Between steps such a parameter is a replicated ``DTensor``, so that optimizers that handle many tensors at once see one kind
+of them; in a step it is the plain tensor that the person's code expects. Both share their memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+
+class Scalars:
+    """The parameters without dimensions of ``module``; ``sync`` says whether a backward pass averages gradients."""
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        self.mesh, self.sync = mesh, True
+        self._places = [
+            (owner, name)
+            for owner in module.modules()
+            for name, p in owner.named_parameters(recurse=False)
+            if p.ndim == 0
+        ]
+        self._armed = set[int]()
+        self._pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.parameters = {owner.get_parameter(name) for owner, name in self._places}
+        for owner in {owner for owner, _ in self._places}:
+            owner.register_forward_pre_hook(lambda *_: self.gather(), prepend=True)
+
+    def divide(self) -> None:
+        """Show them as ``DTensor``."""
+        for owner, name in self._places:
+            parameter = owner.get_parameter(name)
+            if not isinstance(parameter, DTensor):
+                owner.register_parameter(name, self._pair(parameter)[1])
+
+    def gather(self) -> None:
+        """Show them as plain tensors."""
+        for owner, name in self._places:
+            parameter = owner.get_parameter(name)
+            if isinstance(parameter, DTensor):
+                plain = self._pair(parameter)[0]
+                plain.requires_grad_(parameter.requires_grad)
+                if plain.requires_grad and id(plain) not in self._armed:
+                    plain.register_post_accumulate_grad_hook(partial(self._reduce, parameter))
+                    self._armed.add(id(plain))
+                owner.register_parameter(name, plain)
+
+    def _pair(self, parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter]:
+        if id(parameter) not in self._pairs:
+            everywhere = DTensor.from_local(parameter.detach(), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            pair = parameter, nn.Parameter(everywhere, requires_grad=parameter.requires_grad)
+            self._pairs[id(pair[0])] = self._pairs[id(pair[1])] = pair
+        return self._pairs[id(parameter)]
+
+    def _reduce(self, shown: nn.Parameter, plain: Tensor) -> None:
+        """Average the gradients so far (those of earlier passes are equal on all ranks, or not yet averaged)."""
+        grad = plain.grad
+        assert grad is not None
+        plain.grad = None
+        if shown.grad is not None:
+            grad += shown.grad.to_local()  # type: ignore[attr-defined]
+        if self.sync:
+            for axis in range(self.mesh.ndim):
+                dist.all_reduce(grad, group=self.mesh.get_group(axis))
+            grad /= self.mesh.size()
+        shown.grad = DTensor.from_local(grad, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
