@@ -1,0 +1,143 @@
+"""A loader that knows, in samples, how far training has come, and goes on from there on any number of data ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_bharat.data.errors import DataError
+from lightning_bharat.data.order import OrderedBatches
+
+# What must be equal for a position to mean the same sample, and what to say when it is not.
+SAME_ORDER = {
+    "data": "these are other data",
+    "samples": "the number of samples differs",
+    "seed": "the order was drawn with another seed",
+    "shuffle": "one is shuffled and the other is not",
+}
+
+
+def unchanged(batch: Any) -> Any:
+    """The batch as the dataset's ``__getitems__`` made it."""
+    return batch
+
+
+class OrderedLoader:
+    """Batches in the global order for one data rank, with an exact position.
+
+    Iterating goes through one epoch; the next iteration is the next epoch, unless Lightning's call of
+    ``batch_sampler.sampler.set_epoch`` or :meth:`load_state_dict` says otherwise. The state counts what the training
+    loop has *consumed*, not what worker processes fetched ahead, in samples of the global order: it is the same on all
+    ranks and loads on any number of them.
+
+    It wraps a ``DataLoader`` instead of being one, because Lightning would give a ``DataLoader`` a
+    ``DistributedSampler`` of its own (and, to overfit, a ``SequentialSampler``), and both would lose the order.
+
+    Args:
+        dataset: gives a whole batch for a list of sample numbers by ``__getitems__``.
+        batches: the order and this rank's share.
+        num_workers: worker processes; 0 reads in this process.
+        pin_memory: as in ``DataLoader``.
+        data: name of the data's content; a state of other data is refused.
+        finished_batches: how many batches of this epoch the training loop has finished, where it knows better than the
+            loader (a batch handed out and not finished was not consumed).
+        on_resume: called before the first epoch after a resume with the number of this epoch's batches that count as
+            done, in today's batches over all ranks: what the training loop's count must say to end with the last one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: OrderedBatches,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        data: str = "",
+        finished_batches: Callable[[], int] | None = None,
+        on_resume: Callable[[int], None] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_sampler = _Announced(batches, self._before_epoch)
+        self._batches = batches
+        self._data = data
+        self._finished_batches = finished_batches
+        self._on_resume = on_resume
+        self._resumed_at: int | None = None
+        self._handed = 0
+        self._begun = False
+        self._loader: DataLoader = DataLoader(
+            dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=unchanged
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing is fixed before the first batch is asked for, so that a state or an epoch may still come
+        # after Lightning made its iterator.
+        if self._begun or not len(self._batches.steps(self._batches.position)):
+            self._batches.go_to(self._batches.epoch + 1)
+        self._begun, self._handed = True, 0
+        for batch in self._loader:
+            self._handed += 1
+            yield batch
+
+    def _before_epoch(self, epoch: int) -> None:
+        if self._resumed_at is not None and self._on_resume is not None:
+            self._on_resume(self._resumed_at)
+        self._resumed_at = None
+        if self._begun or epoch != self._batches.epoch:
+            self._batches.go_to(epoch)
+        self._begun, self._handed = False, 0
+
+    def _consumed(self) -> int:
+        """Batches handed out by this iteration and finished."""
+        if self._finished_batches is None:
+            return self._handed
+        before = len(self) - len(self._batches.steps(self._batches.position))
+        return min(self._handed, max(0, self._finished_batches() - before))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: plain numbers and words, equal on all ranks."""
+        order, batches = self._batches.order, self._batches
+        position = batches.steps(batches.position).end(self._consumed() - 1)
+        return {
+            "epoch": batches.epoch,
+            "position": position,
+            "samples": order.length,
+            "seed": order.seed,
+            "shuffle": order.shuffle,
+            "data": self._data,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, which a run on any number of data ranks and any batch size has left.
+
+        Raises:
+            DataError: the state belongs to other data or another order, or what is left cannot be shared by the ranks.
+        """
+        mine = self.state_dict()
+        for key, words in SAME_ORDER.items():
+            if state.get(key) != mine[key]:
+                raise DataError(
+                    f"the position in the checkpoint cannot be kept: {words} ({key} was {state.get(key)!r} and is "
+                    f"{mine[key]!r}). Use the prepared data and arguments of that run, or begin at the first sample "
+                    "by loading its weights alone"
+                )
+        left = self._batches.steps(state["position"])
+        self._batches.go_to(state["epoch"], state["position"])
+        self._resumed_at = len(self) - len(left)
+        self._begun, self._handed = False, 0
+
+
+class _Announced:
+    """The batches' sizes, and the place where Lightning announces an epoch: ``batch_sampler.sampler.set_epoch``."""
+
+    def __init__(self, batches: OrderedBatches, set_epoch: Callable[[int], None]) -> None:
+        self.batch_size = batches.batch_size
+        self.drop_last = batches.drop_last
+        self.sampler = self
+        self.set_epoch = set_epoch
