@@ -20,7 +20,7 @@ class RankOutcome:
         exit_code: of its process; negative: the signal that ended it; ``None``: it never ended by itself.
         timed_out: whether it was killed because time was up.
         stacks: the stacks of all its threads when time was up.
-        output: what it wrote to stdout and stderr, in order.
+        output: what it wrote to stdout and stderr, in order, at its end the traceback.
         seconds: from the start of the job to its end.
     """
 
@@ -54,19 +54,19 @@ class RankOutcome:
 
 
 class RanksFailed(AssertionError):
-    """At least one rank of a job failed; the text holds every rank's end, traceback, stacks and last output.
+    """At least one rank of a job failed; the text holds every rank's end, stacks and last output.
 
     Attributes:
         outcomes: one :class:`RankOutcome` a rank, in order.
     """
 
-    def __init__(self, what: str, outcomes: list[RankOutcome], output_lines: int = 20) -> None:
+    def __init__(self, what: str, outcomes: list[RankOutcome], output_lines: int = 60) -> None:
         self.outcomes = outcomes
         parts = [f"{what}: {sum(not o.ok for o in outcomes)} of {len(outcomes)} ranks failed"]
         parts += [f"  {outcome.summary()}" for outcome in outcomes]
         for outcome in outcomes:
             tail = "\n".join(outcome.output.splitlines()[-output_lines:]) if not outcome.ok else ""
-            for title, text in (("traceback", outcome.traceback), ("stacks", outcome.stacks), ("output", tail)):
+            for title, text in (("stacks", outcome.stacks), ("output", tail)):
                 if text:
                     parts.append(f"---- rank {outcome.rank}: {title}\n{text.rstrip()}")
         super().__init__("\n".join(parts))

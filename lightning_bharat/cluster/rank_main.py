@@ -28,6 +28,8 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
+    # A loader in this rank starts its workers as in any other process, and not by our server.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     try:
         import torch
 
@@ -35,12 +37,29 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
         function, args, kwargs = pickle.loads(call)  # our own parent's bytes, through a pipe
         answer = pickle.dumps(("value", function(*args, **kwargs)))
     except BaseException as error:
-        _send(channel, pickle.dumps(("error", (type(error).__qualname__, str(error), traceback.format_exc()))))
-        sys.stdout.flush()
-        # Not sys.exit: a half-dead process group may keep threads and finalizers waiting, and peers wait for our end.
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        _end_by(error, channel)
     _send(channel, answer)
     channel.poll(None)
+
+
+def _end_by(error: BaseException, channel: Connection) -> None:
+    """End as Python ends by an exception that nobody caught."""
+    code = _exit_code(error)
+    if code == 0:
+        _send(channel, pickle.dumps(("value", None)))
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+        _send(channel, pickle.dumps(("error", (type(error).__qualname__, str(error), traceback.format_exc()))))
+    for child in multiprocessing.active_children():  # they hold copies of our connections, for whose end peers wait
+        child.kill()
+    # Not sys.exit, where a half-dead process group may keep threads and finalizers waiting.
+    os._exit(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    if not isinstance(error, SystemExit):
+        return 1
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def _send(channel: Connection, answer: bytes) -> None:

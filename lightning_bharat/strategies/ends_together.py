@@ -1,0 +1,77 @@
+"""The mixin by which a strategy's ranks end together: where :class:`ErrorWatch` hangs on Lightning's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher
+from lightning_bharat.strategies._torch import default_store
+from lightning_bharat.strategies.errors import ErrorWatch
+
+
+class EndsTogether:
+    """Put before one of Lightning's parallel strategies: ``class HybridStrategy(EndsTogether, ParallelStrategy)``.
+
+    Its methods call ``super()``, and a strategy that overrides one of them does as well:
+
+    - ``setup_environment``: after it, the process group exists and the watch runs;
+    - ``_configure_launcher``: the launcher reports what leaves the trainer's function *before* Lightning calls any
+      callback's ``on_exception``, which may save a checkpoint and wait for ranks that will not come;
+    - ``on_exception``: reports what the launcher has not seen;
+    - ``teardown``: ends the watch, whatever happens in it.
+
+    Attributes:
+        watch: ``None`` before ``setup_environment``. A strategy that has a layout sets ``self.watch.rank_name =
+            layout.name`` as soon as it knows it.
+    """
+
+    watch: ErrorWatch | None = None
+    _launcher: Any
+
+    def setup_environment(self) -> None:
+        super().setup_environment()  # type: ignore[misc]
+        self.watch_errors()
+
+    def watch_errors(self) -> None:
+        """Start the watch, once there is a process group."""
+        self.watch = ErrorWatch(default_store(), self.global_rank, self.world_size, self.num_processes)  # type: ignore[attr-defined]
+        self.watch.start()
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()  # type: ignore[misc]
+        # Also where torchrun or Slurm has started the ranks: then it starts none, but still calls the function.
+        if self._launcher is None or type(self._launcher) is SubprocessLauncher:
+            self._launcher = _ReportingLauncher(self.cluster_environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
+            self._launcher.watch = lambda: self.watch
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self.watch is not None:
+            self.watch.report(exception)
+        super().on_exception(exception)  # type: ignore[misc]
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            if self.watch is not None:
+                self.watch.stop()
+
+
+class _ReportingLauncher(SubprocessLauncher):
+    watch: Callable[[], ErrorWatch | None]
+
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        def reporting(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except NOT_AN_ERROR:
+                raise
+            except BaseException as error:
+                watch = self.watch()
+                answer = error if watch is None else watch.report(error)
+                if answer is error:
+                    raise
+                raise answer from error
+
+        return super().launch(reporting, *args, trainer=trainer, **kwargs)
