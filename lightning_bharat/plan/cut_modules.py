@@ -5,7 +5,7 @@ Each class here is mixed into the class of a person's module (:func:`become`), w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -60,23 +60,26 @@ class Gate:
 
     def __init__(self, flow: Flow, columns: int = 1, gathered: bool = False) -> None:
         self.flow, self.columns, self.gathered = flow, columns, gathered
-        self.passed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.passed: list[tuple[Tensor, Tensor]] = []
         self.entered = 0
 
     def enter(self, x: Tensor) -> Tensor:
         """What a column reads. Columns that read the same tensor share one exchange of its gradient."""
-        if id(x) not in self.passed:
-            if not self.flow.divided:
-                out = copy(x, self.flow.peers)
-            elif self.gathered:  # already whole, since the entry module: its gradient is summed there
-                out = x
-            else:
-                out = gather(x, self.flow.peers, SEQUENCE_DIM)
-            self.passed[id(x)] = x, out
         self.entered += 1
         if self.entered == self.columns and self.flow.stream and not self.flow.divided:
             self.flow.stream.enter(x.device)
-        return self.passed[id(x)][1]
+        for known, out in self.passed:
+            if known is x:
+                return out
+        self.passed.append((x, self._entered(x)))
+        return self.passed[-1][1]
+
+    def _entered(self, x: Tensor) -> Tensor:
+        if not self.flow.divided:
+            return copy(x, self.flow.peers)
+        if self.gathered:  # already whole, since the entry module: its gradient is summed there
+            return x
+        return gather(x, self.flow.peers, SEQUENCE_DIM)
 
     def leave(self, partial: Tensor) -> Tensor:
         """What a row returns: the sum over the peers."""
@@ -139,15 +142,21 @@ class CutBlock:
     flow: Flow
     hidden: int | str
     ends: tuple[bool, bool]
+    compiled: Callable | None = None
     partial: list[tuple[nn.Module, str]]
     partial_if_divided: list[tuple[nn.Module, str]]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the person's ``forward``; what is summed and divided around it stays eager."""
+        self.compiled = torch.compile(super().forward, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.ends[0]:
             args, kwargs = _replace(args, kwargs, self.hidden, self.flow.arrive)
+        inner = self.compiled or super().forward  # type: ignore[misc]
         owners = self.partial + (self.partial_if_divided if self.flow.divided else [])
         with _summed(owners, self.flow.peers), self.flow.own_tokens():
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            out = inner(*args, **kwargs)
         if not self.ends[1]:
             return out
         if isinstance(out, Tensor):

@@ -100,13 +100,16 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def vocabulary_heads(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Linears outside the blocks that are as wide as an embedding outside the blocks has rows."""
+    """Linears outside the blocks that are as wide as an embedding outside the blocks has rows; subclasses that keep
+    torch's ``forward`` too."""
 
     def outside(name: str) -> bool:
         return not any(name == block or name.startswith(f"{block}.") for block in names)
 
     rows = {m.num_embeddings for n, m in module.named_modules() if isinstance(m, nn.Embedding) and outside(n)}
-    return tuple(n for n, m in module.named_modules() if type(m) is nn.Linear and m.out_features in rows and outside(n))
+    linears = ((n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear))
+    as_torchs = ((n, m) for n, m in linears if type(m).forward is nn.Linear.forward)
+    return tuple(n for n, m in as_torchs if m.out_features in rows and outside(n))
 
 
 def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Observation:
