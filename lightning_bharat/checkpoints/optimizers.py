@@ -23,7 +23,8 @@ from lightning_bharat.plan.shards import gather, shape_of_whole
 
 
 def state_by_name(optimizer: Optimizer, names: Mapping[int, str], slices: Slices) -> dict[str, Any]:
-    """State of ``optimizer`` as ``{"param_groups": [{..., "params": [names]}], "state": {name: {key: value}}}``.
+    """State of ``optimizer`` as ``{"param_groups": [{..., "params": [names]}], "state": {name: {key: value}}, "dtypes":
+    {name: of the parameter}}``.
 
     State of a parameter's shape is a :class:`Share` cut as the parameter is; a number is stored once.
 
@@ -36,7 +37,8 @@ def state_by_name(optimizer: Optimizer, names: Mapping[int, str], slices: Slices
         for parameter, name in _named(optimizer, names)
         if parameter in optimizer.state
     }
-    return {"param_groups": _groups(optimizer, names), "state": state}
+    dtypes = {name: parameter.dtype for parameter, name in _named(optimizer, names)}
+    return {"param_groups": _groups(optimizer, names), "state": state, "dtypes": dtypes}
 
 
 def whole_state_by_index(
@@ -60,7 +62,8 @@ def whole_state_by_index(
 def load_state(optimizer: Optimizer, names: Mapping[int, str], slices: Slices, saved: Mapping[str, Any]) -> None:
     """Give ``optimizer`` the state ``saved``: of :func:`state_by_name`, or torch's own with numbers for parameters.
 
-    A rank reads its own parts. A parameter without saved state (it had no gradient yet) starts without.
+    A rank reads its own parts. A parameter without saved state (it had no gradient yet) starts without. State that had
+    its parameter's type is cast to the parameter's type of now, as torch does.
 
     Raises:
         CheckpointError: groups hold other parameters, or a shape differs; it names them.
@@ -73,7 +76,8 @@ def load_state(optimizer: Optimizer, names: Mapping[int, str], slices: Slices, s
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         for key, value in by_name.get(name, {}).items():
             if isinstance(value, (Tensor, StoredTensor)):
-                new, share = _create(key, value, parameter, name, slices, group)
+                own_type = value.dtype not in (parameter.dtype, saved.get("dtypes", {}).get(name, value.dtype))
+                new, share = _create(key, value, parameter, name, slices, group, own_type)
                 targets.append((share, value))
                 value = new
             created.setdefault(parameter, {})[key] = value
@@ -161,13 +165,20 @@ def _as_share(key: str, value: Any, parameter: Tensor, name: str, slices: Slices
 
 
 def _create(
-    key: str, value: Tensor | StoredTensor, parameter: Tensor, name: str, slices: Slices, group: Mapping[str, Any]
+    key: str,
+    value: Tensor | StoredTensor,
+    parameter: Tensor,
+    name: str,
+    slices: Slices,
+    group: Mapping[str, Any],
+    own_type: bool,
 ) -> tuple[Tensor, Share]:
     """New state for ``parameter`` that ``value`` fits, and its share; not filled yet."""
     cut = slices.get(name)
     whole = shape_of_whole(parameter, cut)
     if tuple(value.shape) == whole and key != "step":
-        new = torch.empty_like(parameter.detach(), dtype=value.dtype)
+        cast = value.dtype.is_floating_point and parameter.dtype.is_floating_point and not own_type
+        new = torch.empty_like(parameter.detach(), dtype=parameter.dtype if cast else value.dtype)
         return new, Share.of(new, cut)
     if value.shape.numel() == 1 or _is_whole(parameter, name, slices):
         # as torch: the step stays in host memory unless the optimizer's kernels want it on the device
