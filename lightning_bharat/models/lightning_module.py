@@ -1,0 +1,161 @@
+"""The decoder as an ordinary LightningModule: nothing in it knows how many devices it will be cut over."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LRSchedulerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+
+from lightning_bharat.checkpoints import CheckpointError, load_weights
+from lightning_bharat.models.gpt import GPT, GPTConfig
+from lightning_bharat.models.weights import Weights, read_weights, under
+
+Batch = dict[str, Tensor]
+
+
+class GPTModule(L.LightningModule):
+    """Trains a :class:`GPT` to predict the next token.
+
+    A batch has ``input_ids`` and ``labels``, both (batch, time) int64. ``labels[:, t]`` is the token that follows
+    ``input_ids[:, t]``, or -100 where none is to be predicted.
+
+    Args:
+        config: sizes of the model.
+        learning_rate: AdamW's, the top one of a schedule.
+        weight_decay: of matrices; embeddings and norms have none.
+        betas: AdamW's.
+        lr_scheduler: makes a schedule of an optimizer, stepped after each optimizer step. In a LightningCLI config a
+            ``class_path`` such as ``lightning_bharat.models.WarmupCosine`` with ``init_args``; in Python for example
+            ``lambda optimizer: WarmupCosine(optimizer, 100, 1000)``. A constant rate if None.
+        weights: where to start from, see :func:`read_weights`: own checkpoints and exports, or Hugging Face's Llama.
+        freeze: patterns of parameters that aren't trained, such as ``model.layers.0.*``.
+        lazy: build the model in ``configure_model``, on the device that the strategy asks for, in place of here: on
+            ``meta`` under ``"bharat_hybrid"``, so that no process ever holds all of it.
+
+    Raises:
+        ValueError: a pattern in ``freeze`` fits no parameter.
+        CheckpointError: ``weights`` can't be read or are those of another model: names and shapes that differ.
+    """
+
+    model: GPT
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weights: str | Path | None = None,
+        freeze: list[str] | None = None,
+        lazy: bool = False,
+    ) -> None:
+        super().__init__()
+        # load_from_checkpoint gives what was saved: plain values, which can be loaded without running code
+        self.config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.lr_scheduler, self.weights, self.freeze_patterns = lr_scheduler, weights, freeze or []
+        self.save_hyperparameters(
+            {
+                "config": asdict(self.config),
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "betas": list(betas),
+                "freeze": freeze,
+                "lazy": lazy,
+            }
+        )
+        self._start_is_missing = False
+        if not lazy:
+            self._build()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):  # Lightning calls this for each of fit, validate, test and predict
+            self._build()
+
+    def _build(self) -> None:
+        self.model = GPT(self.config)
+        _freeze(self, self.freeze_patterns)
+        self._start_is_missing = self.weights is not None
+        if self.weights is not None and not self._is_on_meta:
+            _start_from(self, self.weights)
+
+    @property
+    def _is_on_meta(self) -> bool:
+        return self.model.norm.weight.is_meta
+
+    def initial_weights(self) -> Weights | None:
+        """What a model on ``meta`` starts from, by full names and still on disk, for a strategy that gives each rank
+        its part of it; ``None`` for a start by ``reset_parameters``, and for a model that is there already."""
+        if self.weights is None or not self._is_on_meta:
+            return None
+        self._start_is_missing = False
+        return under(read_weights(self.weights), "model.")
+
+    def _refuse_another_start(self) -> None:
+        if self._start_is_missing:
+            raise ValueError(
+                f"weights={str(self.weights)!r} were not read: the model was built on meta, and "
+                f"{type(self.trainer.strategy).__name__} does not ask for initial_weights(). Write lazy=False"
+            )
+
+    on_fit_start = on_validation_start = on_test_start = on_predict_start = _refuse_another_start
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("test_loss", self._loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log-likelihood of each label, (batch, time); 0 where it is -100."""
+        return -self._loss(batch, reduction="none").view_as(batch["labels"])
+
+    def _loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        logits = self(batch["input_ids"])
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction=reduction)
+
+    def configure_optimizers(self) -> Any:
+        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+        rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def _freeze(module: nn.Module, patterns: list[str]) -> None:
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(f"freeze={pattern!r} fits no parameter; names are like {', '.join(names[:3])}")
+        for name in found:
+            module.get_parameter(name).requires_grad_(False)
+
+
+def _start_from(module: GPTModule, path: str | Path) -> None:
+    try:
+        load_weights(module, {}, under(read_weights(path), "model."))
+    except CheckpointError as error:
+        raise CheckpointError(f"weights={str(path)!r}: {error}") from error
+    module._start_is_missing = False
