@@ -89,7 +89,9 @@ def first_batch(trainer: pl.Trainer) -> Any:
         and hasattr(dataset, "__len__")
     ):
         state = torch.get_rng_state()
-        items = [dataset[i] for i in range(min(size, len(dataset)))]  # type: ignore[arg-type,index]
+        count = min(size, len(dataset))  # type: ignore[arg-type]
+        whole = loader.batch_sampler is None  # batch_size=None: the dataset's items are batches
+        items = dataset[0] if whole else [dataset[i] for i in range(count)]  # type: ignore[index]
         torch.set_rng_state(state)
         return loader.collate_fn(items)
     return next(iter(loader))

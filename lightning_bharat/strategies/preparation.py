@@ -71,8 +71,11 @@ class Preparation:
         strategy, module, options, layout = self.strategy, self.module, self.strategy.options, self.strategy.layout
         choices = strategy.choices
         device = strategy.root_device
-        start = Initializer(module, options.weights)
-        agreed = "" if options.weights is not None else agree_on_weights(module, device)
+        given = options.weights
+        if given is None and hasattr(module, "initial_weights"):  # a module on meta may know where its weights lie
+            given = module.initial_weights()
+        start = Initializer(module, given)
+        agreed = "" if given is not None else agree_on_weights(module, device)
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
         units = find_units(module)

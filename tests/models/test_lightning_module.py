@@ -192,8 +192,8 @@ def loss_on_ranks(path: Path, **sizes: int) -> float:
         logger=False,
         enable_checkpointing=False,
     )
-    rows = [{name: tensor[0] for name, tensor in batch().items()}] * 8  # the same for each rank
-    fit.fit(module, DataLoader(rows, batch_size=4))
+    batches = [{name: tensor[:1].repeat(4, 1) for name, tensor in batch().items()}] * 2  # the same for each rank
+    fit.fit(module, DataLoader(batches, batch_size=None))
     return float(fit.callback_metrics["train_loss"])
 
 
