@@ -86,7 +86,7 @@ class WarmServer:
         """Call ``function(*args)`` on ``ranks`` ranks and return what each returned, in order of ranks.
 
         Args:
-            timeout: seconds for all of it; then all stacks are taken and all ranks killed.
+            timeout: seconds from the forks to the last end; then all stacks are taken and all ranks killed.
             grace: seconds that the others get to end by themselves after the first rank failed.
 
         Raises:
@@ -104,7 +104,6 @@ class WarmJob:
 
     def __init__(self, context: Any, name: str, call: bytes, ranks: int, env: Mapping[str, str]) -> None:
         self.name = name
-        self._began = time.monotonic()
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._outcomes = [RankOutcome(rank) for rank in range(ranks)]
         self._channels: dict[Connection, int] = {}
@@ -120,6 +119,7 @@ class WarmJob:
             there.close()
             self._channels[here] = rank
             self._processes.append(process)
+        self._began = time.monotonic()  # a server that is still importing takes nothing from the job's time
 
     @property
     def pids(self) -> list[int]:

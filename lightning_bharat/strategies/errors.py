@@ -79,13 +79,10 @@ class ErrorWatch:
         self.rank_name = rank_name
         self._local_size = local_size or world_size
         self._interval, self._patience, self._grace, self._silence = interval, patience, grace, silence
-        # A process may run several trainers, and torchelastic's restarts share one store.
-        prefix = f"errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
-        self._store: dist.Store = dist.PrefixStore(prefix, store)
+        self._store = store
         self._first: FirstError | None = None
         self._known = threading.Event()
         self._stopped = threading.Event()
-        self._store_is_lost = False
         self._reporting = False
         self._answer: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -97,8 +94,11 @@ class ErrorWatch:
         if self.world_size == 1 or self._thread is not None:
             return
         self._main = threading.get_ident()
-        theirs = self._store.clone()  # connections of our own: the group's may be blocked by the main thread
-        self._store = self._store.clone()
+        # A process may run several trainers, and torchelastic's restarts share one store.
+        prefix = f"errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
+        store = dist.PrefixStore(prefix, self._store)
+        theirs = store.clone()  # connections of our own: the group's may be blocked by the main thread
+        self._store = store.clone()
         announce(self._store, self.rank)
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
             self._former_handler = signal.signal(_INTERRUPT, self._raise_in_main)
@@ -126,11 +126,10 @@ class ErrorWatch:
         self._thread.join()
         if self._former_handler is not None:
             signal.signal(_INTERRUPT, self._former_handler)
-        if self._store_is_lost:  # to ask it once more would only write C++ traces
-            return
         with suppress(dist.DistError):
-            for what in ("done", "heard", "parted"):
-                self._mark(self._store, what)
+            if self._first is None:
+                for what in ("done", "heard", "parted"):
+                    self._mark(self._store, what)
             if self._hosts_the_store():
                 self._leave_as_host()
 
@@ -179,9 +178,13 @@ class ErrorWatch:
         try:
             first = store.compare_set("error", "", json.dumps(asdict(error)))
             store.add("events", 1)
-        except dist.DistError:
-            self._store_is_lost = True
+            return self._hear(first, store)
+        except dist.DistError:  # the store has ended with its host
             return self._learn(error)
+
+    def _hear(self, first: bytes, store: dist.Store) -> FirstError:
+        # From here on this rank has no need of the store, which ends with rank 0 as soon as all have heard.
+        self._mark(store, "heard")
         return self._learn(FirstError(**json.loads(first)))
 
     def _learn(self, error: FirstError) -> FirstError:
@@ -201,7 +204,7 @@ class ErrorWatch:
     def _watch(self, store: dist.Store) -> None:
         neighbours = Neighbours(store, self.rank, self.world_size, self._local_size, self._silence)
         try:
-            while not self._look(store, neighbours):
+            while self._first is None and not self._look(store, neighbours):
                 if self._stopped.wait(self._interval if neighbours.all_met else 0.05):
                     break
         except dist.DistError:
@@ -219,7 +222,6 @@ class ErrorWatch:
             rank, how = gone
             error = FirstError(rank, self.rank_name(rank), "", how)
             if self._hosts_the_store(rank):
-                self._store_is_lost = True
                 self._learn(error)
                 return True
             if not store.check([f"done/{rank}"]):
@@ -228,9 +230,9 @@ class ErrorWatch:
         if not store.add("events", 0):
             return False
         if store.check(["error"]):
-            self._learn(FirstError(**json.loads(store.get("error"))))
-            self._mark(store, "heard")
-        self._mark(store, "parted")
+            self._hear(store.get("error"), store)
+        else:
+            self._mark(store, "parted")
         return True
 
     def _end_this_rank(self) -> None:

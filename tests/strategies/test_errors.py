@@ -16,6 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bharat import HybridStrategy
 from lightning_bharat.cluster.outcome import RankOutcome
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.errors import ErrorWatch, PeerError
@@ -27,7 +28,7 @@ LIMIT = 10  # seconds from the error to the end of the last rank
 
 
 class WatchedDDP(EndsTogether, DDPStrategy):
-    """DDP is the least strategy that has what the watch needs; HybridStrategy hangs on the same mixin."""
+    """The mixin on one of Lightning's own strategies; HybridStrategy has it by itself."""
 
     def watch_errors(self) -> None:
         super().watch_errors()
@@ -123,9 +124,9 @@ class SavesOnException(L.Callback):
         dist.barrier()
 
 
-def trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:
+def trainer(*callbacks: L.Callback, strategy: str = "ddp") -> L.Trainer:
     return L.Trainer(
-        strategy=WatchedDDP(),
+        strategy=WatchedDDP() if strategy == "ddp" else HybridStrategy(),
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", 2)),
         max_steps=4,
@@ -135,12 +136,12 @@ def trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[AtStart(), *callbacks],
-        **options,
     )
 
 
-def fit(place: str, failing_rank: int, how: str, others: str, saves: bool = False) -> None:
-    trainer(*([SavesOnException()] if saves else [])).fit(Module(place, failing_rank, how, others))
+def fit(place: str, failing_rank: int, how: str, others: str, strategy: str = "ddp", saves: bool = False) -> None:
+    callbacks = [SavesOnException()] if saves else []
+    trainer(*callbacks, strategy=strategy).fit(Module(place, failing_rank, how, others))
 
 
 def ends(function, ranks: int, *args: object) -> list[RankOutcome]:
@@ -160,9 +161,17 @@ def printed(outcomes: list[RankOutcome], words: str) -> int:
     return sum(outcome.output.count(words) for outcome in outcomes)
 
 
-@pytest.mark.parametrize("others", ["collective", "sleep", "store", "swallowing loop"])
-@pytest.mark.parametrize(("place", "failing_rank"), [("training_step", 1), ("callback", 0)])
-def test_an_error_ends_all_ranks_wherever_they_wait(place: str, failing_rank: int, others: str) -> None:
+@pytest.mark.parametrize(
+    ("others", "failing_rank", "place"),
+    [
+        ("collective", 1, "training_step"),
+        ("collective", 0, "callback"),
+        ("sleep", 0, "training_step"),
+        ("store", 1, "training_step"),
+        ("swallowing loop", 0, "callback"),
+    ],
+)
+def test_an_error_ends_all_ranks_wherever_they_wait(others: str, failing_rank: int, place: str) -> None:
     outcomes = ends(fit, 3, place, failing_rank, "raise", others)
     assert outcomes[failing_rank].error == "LookupError"
     assert printed(outcomes, WORDS) == 1
@@ -176,9 +185,10 @@ def test_an_error_ends_all_ranks_wherever_they_wait(place: str, failing_rank: in
                 assert peer.message == f"{name(failing_rank)} raised LookupError: {WORDS}"
 
 
-@pytest.mark.parametrize("place", ["setup", "loader", "loader worker"])
-def test_an_error_in_setup_or_in_a_loader_ends_all_ranks(place: str) -> None:
-    outcomes = ends(fit, 2, place, 1, "raise", "collective")
+@pytest.mark.parametrize("strategy", ["ddp", "hybrid"])
+@pytest.mark.parametrize("place", ["setup", "callback", "training_step", "loader", "loader worker"])
+def test_an_error_in_any_place_ends_all_ranks_of_each_strategy(place: str, strategy: str) -> None:
+    outcomes = ends(fit, 2, place, 1, "raise", "collective", strategy)
     assert printed(outcomes, WORDS) == 1
     assert outcomes[1].error == "LookupError"
 
@@ -193,40 +203,42 @@ def test_a_rank_that_dies_without_a_word_is_named_on_the_others(how: str, failin
 
 
 def test_callbacks_that_wait_for_others_after_an_error_do_not_hold_it_back() -> None:
-    outcomes = ends(fit, 2, "training_step", 1, "raise", "sleep", True)
+    outcomes = ends(fit, 2, "training_step", 1, "raise", "sleep", "ddp", True)
     assert outcomes[0].error in ("PeerError", None)
     assert WORDS in outcomes[1].output
 
 
-def refuse_everywhere() -> None:
+def refuse_everywhere(strategy: str = "ddp") -> None:
     print(f"failing at {time.monotonic()}")
     module = Module("nowhere", 0, "", "")
     module.training_step = refuse
-    trainer().fit(module)
+    trainer(strategy=strategy).fit(module)
 
 
 def refuse(batch: torch.Tensor, batch_idx: int) -> None:
     raise ValueError(WORDS)
 
 
-def test_what_all_ranks_refuse_keeps_its_type_and_is_printed_once() -> None:
-    outcomes = ends(refuse_everywhere, 3)
+@pytest.mark.parametrize("strategy", ["ddp", "hybrid"])
+def test_what_all_ranks_refuse_keeps_its_type_and_is_printed_once(strategy: str) -> None:
+    outcomes = ends(refuse_everywhere, 3, strategy)
     assert [outcome.error for outcome in outcomes] == ["ValueError"] * 3
     assert printed(outcomes, WORDS) == 1
     assert printed(outcomes, "Traceback") == 1
     assert printed(outcomes, "raised ValueError and prints it") == 2
 
 
-def refuse_then_fit() -> int:
+def refuse_then_fit(strategy: str) -> int:
     with pytest.raises(ValueError, match=WORDS):
-        refuse_everywhere()
-    again = trainer()
+        refuse_everywhere(strategy)
+    again = trainer(strategy=strategy)
     again.fit(Module("nowhere", 0, "", ""))
     return again.global_step
 
 
-def test_after_a_refusal_the_same_processes_train() -> None:
-    assert run_ranks(refuse_then_fit, 2) == [4, 4]
+@pytest.mark.parametrize("strategy", ["ddp", "hybrid"])
+def test_after_a_refusal_the_same_processes_train(strategy: str) -> None:
+    assert run_ranks(refuse_then_fit, 2, strategy) == [4, 4]
 
 
 def catch_and_stay() -> None:
