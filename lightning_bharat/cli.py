@@ -34,9 +34,22 @@ COMMANDS = {
     "validate": Command("run its validation loop", "lightning_bharat.commands.project:validate", project=True),
     "test": Command("run its test loop", "lightning_bharat.commands.project:test", project=True),
     "predict": Command("run its prediction loop", "lightning_bharat.commands.project:predict", project=True),
+    "layout": Command(
+        "show where a model can be cut, and bytes per rank", "lightning_bharat.commands.layout:main", project=True
+    ),
+    "verify": Command(
+        "compare a few steps of a module whole and cut", "lightning_bharat.commands.verify:main", project=True
+    ),
+    "checkpoint export": Command(
+        "write weights as safetensors for Hugging Face or plain torch", "lightning_bharat.checkpoints.commands:export"
+    ),
+    "checkpoint convert": Command(
+        "turn a directory into one Lightning .ckpt, or back", "lightning_bharat.checkpoints.commands:convert"
+    ),
+    "checkpoint show": Command("print what a checkpoint is", "lightning_bharat.checkpoints.commands:show"),
 }
 
-GROUPS: dict[str, str] = {}
+GROUPS = {"checkpoint": "read and write checkpoints"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -85,7 +98,7 @@ def _run(name: str, rest: list[str]) -> int:
 def _overview(group: str) -> str:
     if group:
         lines = {name: c.summary for name, c in COMMANDS.items() if name.startswith(f"{group} ")}
-        title = f"{GROUPS[group]}."
+        title = f"{GROUPS[group].capitalize()}."
     else:
         lines = {name: c.summary for name, c in COMMANDS.items() if " " not in name}
         lines |= {name: f"{summary} ({_members(name)})" for name, summary in GROUPS.items()}

@@ -12,8 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-import lightning_bharat  # noqa: F401: registers the strategies
+import lightning_bharat  # noqa: F401  # registers the strategies
+from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.commands.signature import HelpFormatter, OneMessage, say_error
+from lightning_bharat.data.errors import DataError
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.layout import LayoutError
 
@@ -38,7 +40,7 @@ class BadInput(Exception):
     """Options that can't be done as they are; the message says why."""
 
 
-BAD_PROJECT = (BadInput, LayoutError, PlanError, MisconfigurationException)
+BAD_PROJECT = (BadInput, LayoutError, PlanError, CheckpointError, DataError, MisconfigurationException)
 
 
 class ProjectCLI(LightningCLI):

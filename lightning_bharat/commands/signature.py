@@ -27,7 +27,10 @@ class OneMessage:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what was wrong, once for all ranks, and leave."""
         program = self.prog.replace(" [options]", "")
-        say_error(program, f"{message}\n(all options: {program} --help)")
+        if program.startswith("bharat"):
+            say_error(program, f"{message}\n(all options: {program} --help)")
+        else:  # a parser that jsonargparse made for a class's own options
+            say_error("bharat", message)
         raise SystemExit(2)
 
 
