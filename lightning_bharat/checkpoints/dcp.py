@@ -220,8 +220,8 @@ class _Reader(StorageReader):
     def _read(self, file: Any, item: ReadItem, planner: LoadPlanner) -> None:
         index = item.storage_index
         stored = cast(TensorStorageMetadata, self.index.state_dict_metadata[index.fqn])
-        chunk = next(c for c in stored.chunks if c.offsets == index.offset)
-        key = chunk_key(index.fqn, stored.size, chunk)
+        assert index.index is not None
+        key = chunk_key(index.fqn, stored.size, stored.chunks[index.index])
         ranges = [slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True)]
         values = file.get_slice(key)[tuple(ranges)] if ranges else file.get_tensor(key)
         planner.resolve_tensor(item).copy_(values)

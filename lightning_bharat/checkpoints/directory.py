@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,11 +60,17 @@ def own_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def hidden(path: Path, part: str = "") -> Path:
+    """A new hidden sibling of ``path``. Its name does not hold that of ``path``, in which Lightning looks for words."""
+    of_name = zlib.crc32(path.name.encode())
+    return path.with_name(f".{of_name:08x}-{part or uuid.uuid4().hex[:8]}.tmp")
+
+
 def _stage(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a save that was killed
+    for stale in path.parent.glob(hidden(path, "*").name):  # of a save that was killed
         shutil.rmtree(stale, ignore_errors=True)
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    staging = hidden(path)
     staging.mkdir()
     return staging
 
@@ -78,7 +85,7 @@ def commit(staging: Path, path: Path) -> None:
         _sync(path.parent)
         return
     if not _exchange(staging, path):
-        aside = staging.with_suffix(".old")
+        aside = hidden(path)
         os.rename(path, aside)
         os.rename(staging, path)
         staging = aside
@@ -91,7 +98,7 @@ def remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        aside = hidden(path)
         os.rename(path, aside)
         shutil.rmtree(aside)
 

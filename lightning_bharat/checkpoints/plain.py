@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_bharat.checkpoints.directory import hidden
 from lightning_bharat.checkpoints.document import safe_load
 from lightning_bharat.checkpoints.errors import CheckpointError
 
@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write Lightning's dict to ``path``, which appears when it is whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    staging = hidden(path)
     try:
         with staging.open("wb") as file:
             torch.save(checkpoint, file)

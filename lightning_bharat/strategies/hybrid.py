@@ -55,7 +55,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):  # ty
         offload: keep parameters, gradients and optimizer states in the host's memory.
         compile: ``torch.compile`` each block.
         weights: start from these weights instead of the module's own: a ``.safetensors`` file, a folder of them (as
-            Hugging Face writes), a state dict or a file of one. Each rank reads its parts alone.
+            Hugging Face writes), a checkpoint, or a state dict. Each rank reads its parts alone. A module may give them
+            itself, by a method ``initial_weights()`` that returns them by full names.
         save_distributed_checkpoint: write directories, each rank its parts; ``False`` gathers a plain ``.ckpt``.
         process_group_backend: ``None``: ``"nccl"`` on CUDA, ``"gloo"`` on the CPU.
         timeout: of collectives.
@@ -151,8 +152,10 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):  # ty
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        plugin = precision_plugin if precision_plugin is not None else Precision()
-        self._precision_plugin = across_ranks(plugin, self._groups_of, torch.device("cpu"))
+        # None stays None: Lightning takes a strategy's own plugin for the user's choice, above Trainer(precision=...)
+        if precision_plugin is not None:
+            across_ranks(precision_plugin, self._groups_of, torch.device("cpu"))
+        self._precision_plugin = precision_plugin
 
     # ---- steps
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_bharat.checkpoints import load_weights
 from lightning_bharat.plan.shards import TensorSlice, fill
-from lightning_bharat.strategies.given_weights import GivenWeights, read_into
+from lightning_bharat.strategies.given_weights import weights_for
 
 
 class InitializeError(ValueError):
@@ -94,8 +95,7 @@ class Initializer:
 
     def __init__(self, module: nn.Module, weights: Any) -> None:
         self.module = module
-        self._given = GivenWeights(weights) if weights is not None else None
-        self._matched = self._given.match(module) if self._given else {}
+        self._given = weights_for(module, weights)
         self._leaves = list(_leaves(module))
         self.words = f"read from {_shown(weights)}" if self._given else ""
         if self._leaves and not self._given:
@@ -106,15 +106,16 @@ class Initializer:
 
         Raises:
             InitializeError: see :class:`_Leaf`.
-            WeightsError: the given weights are not the module's.
+            CheckpointError: the given weights are not the module's.
         """
         _materialize(self.module, torch.device("cpu") if offload else device, device)
         current = {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
+        given = {id(current[name]) for name in self._given if name in current}
         seed = _seed() if self._leaves else 0
         done = set[int]()
         for leaf in self._leaves:
             names = {f"{leaf.name}.{own}".lstrip("."): own for own in _own(leaf.shell)}
-            wanted = [n for n in names if n not in self._matched and id(current[n]) not in done]
+            wanted = [n for n in names if id(current[n]) not in given | done]
             if wanted:
                 whole = _own(leaf.build(seed))
                 for name in wanted:
@@ -122,11 +123,8 @@ class Initializer:
                     done.add(id(current[name]))
             leaf.shell._parameters.clear()
             leaf.shell._buffers.clear()
-        for name, stored in self._matched.items():
-            if name in current:
-                read_into(current[name], slices.get(name), stored)
         if self._given:
-            self._given.close()
+            load_weights(self.module, slices, self._given)
 
 
 def _leaves(module: nn.Module) -> Iterator[_Leaf]:
@@ -180,4 +178,6 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _shown(weights: Any) -> str:
+    if weights is None:
+        return "what the module's initial_weights() gives"
     return str(weights) if isinstance(weights, (str, os.PathLike)) else "the given state dict"

@@ -28,6 +28,12 @@ def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face's blocks without their key-value cache, which would grow again in the recomputation."""
+    empty = {name: None for name in ("cache", "past_key_values", "layer_past") if name in kwargs}
+    return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}
+
+
 def recompute(block: nn.Module, mode: str) -> None:
     """Make ``block`` recompute: all of it (``"full"``), or all but matrix products and attention (``"selective"``).
 
@@ -41,6 +47,6 @@ def recompute(block: nn.Module, mode: str) -> None:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **extra, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **extra, **_without_cache(kwargs))
 
     block.forward = checkpointed  # type: ignore[method-assign]
