@@ -328,11 +328,13 @@ def check_script(outcome: RankOutcome) -> None:
     assert time.monotonic() - began < LIMIT
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_started_end_together(tmp_path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     check_script(torchrun([str(tmp_path / "script.py")], ranks=2))
 
 
+@pytest.mark.slow
 def test_ranks_that_lightning_started_end_together(tmp_path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     check_script(fresh_ranks([str(tmp_path / "script.py")])[0])
