@@ -66,7 +66,9 @@ class Trained(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.norm = grad_norm(self)
         if not self.gradients:
-            self.gradients = {name: whole(self, name, p.grad) for name, p in self.named_parameters() if p.grad is not None}
+            self.gradients = {
+                name: whole(self, name, p.grad) for name, p in self.named_parameters() if p.grad is not None
+            }
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.seen.append((float(self.trainer.callback_metrics["loss"]), self.norm))

@@ -61,7 +61,9 @@ def used(strategy: HybridStrategy, plan: ModelPlan, what: str) -> bool:
     """
     asked, problem = getattr(strategy.options, f"{what}_parallel"), getattr(plan, what)
     if asked is True and problem:
-        raise PlanError(f'{what}_parallel=True: not proven right for this model: {problem}; write {what}_parallel="auto"')
+        raise PlanError(
+            f'{what}_parallel=True: not proven right for this model: {problem}; write {what}_parallel="auto"'
+        )
     use = asked is not False and not problem
     strategy.choices[f"{what}_parallel"] = "used, proven" if use else f"not used: {problem or 'as asked'}"
     return use

@@ -96,7 +96,10 @@ class Preparation:
 
     def _change_blocks(self, units: list[str]) -> None:
         options, choices = self.strategy.options, self.strategy.choices
-        for name, wanted in (("activation_checkpointing", options.activation_checkpointing), ("compile", options.compile)):
+        for name, wanted in (
+            ("activation_checkpointing", options.activation_checkpointing),
+            ("compile", options.compile),
+        ):
             if wanted and not units:
                 raise ValueError(
                     f"{name}={wanted!r} works on repeated blocks, and {type(self.module).__name__} has no list of them; "

@@ -52,7 +52,9 @@ class Scalars:
 
     def _pair(self, parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter]:
         if id(parameter) not in self._pairs:
-            everywhere = DTensor.from_local(parameter.detach(), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            everywhere = DTensor.from_local(
+                parameter.detach(), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
+            )
             pair = parameter, nn.Parameter(everywhere, requires_grad=parameter.requires_grad)
             self._pairs[id(pair[0])] = self._pairs[id(pair[1])] = pair
         return self._pairs[id(parameter)]

@@ -45,7 +45,9 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         count = _count(called["input"], called["target"], called["weight"], called["ignore_index"])
         self.counts.append(count.detach())
-        losses = func(**{k: v for k, v in called.items() if k not in ("size_average", "reduce")} | {"reduction": "none"})
+        losses = func(
+            **{k: v for k, v in called.items() if k not in ("size_average", "reduce")} | {"reduction": "none"}
+        )
         wide = torch.promote_types(losses.dtype, torch.float32)
         return (losses.sum(dtype=wide) / count.to(wide).clamp(min=torch.finfo(wide).tiny)).to(losses.dtype)
 
