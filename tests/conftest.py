@@ -6,6 +6,7 @@ import pytest
 
 from tests.ranks import server
 
+
 def pytest_configure() -> None:
     server.warm_up()
 
