@@ -3,16 +3,46 @@
 Importing it registers ``strategy="bharat_hybrid"``.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+from __future__ import annotations
 
-from lightning_bharat.plan.layout import Layout
-from lightning_bharat.plan.model_plan import Cut, ModelPlan
-from lightning_bharat.strategies.hybrid import HybridStrategy
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_bharat.plan.layout import Layout
+    from lightning_bharat.plan.model_plan import Cut, ModelPlan
+    from lightning_bharat.strategies.hybrid import HybridStrategy
 
 __version__ = "0.1.0"
 __all__ = ["Cut", "HybridStrategy", "Layout", "ModelPlan"]
 
-if "bharat_hybrid" not in StrategyRegistry:
-    StrategyRegistry.register(
-        "bharat_hybrid", HybridStrategy, description="An unchanged module, cut over data and tensor ranks"
-    )
+_HOMES = {
+    "Cut": "plan.model_plan",
+    "HybridStrategy": "strategies.hybrid",
+    "Layout": "plan.layout",
+    "ModelPlan": "plan.model_plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def register() -> None:
+    """Make ``strategy="bharat_hybrid"`` known to Lightning, if it is not yet."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from lightning_bharat.strategies.hybrid import HybridStrategy
+
+    if "bharat_hybrid" not in StrategyRegistry:
+        description = "An unchanged module, cut over data and tensor ranks"
+        StrategyRegistry.register("bharat_hybrid", HybridStrategy, description=description)
+
+
+# The command shows its help at once, without importing torch: it registers when it runs something.
+if not {Path(word).name for word in sys.argv[:1]} & {"bharat", "bharat.exe"}:
+    register()

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-import lightning_bharat  # noqa: F401  # registers the strategies
+from lightning_bharat import register
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.commands.signature import HelpFormatter, OneMessage, say_error
 from lightning_bharat.data.errors import DataError
@@ -51,6 +51,7 @@ class ProjectCLI(LightningCLI):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        register()
         super().__init__(parser_class=ProjectParser, auto_configure_optimizers=False, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

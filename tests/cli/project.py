@@ -66,6 +66,12 @@ class Buggy(Model):
         raise ValueError("a bug of its own")
 
 
+class Huge(Model):
+    def __init__(self):
+        super().__init__()
+        self.embed.unused = nn.Linear(10_000_000, 12_500_000, bias=False)
+
+
 class OnMetaImpossible(Model):
     def __init__(self):
         super().__init__()

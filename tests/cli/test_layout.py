@@ -1,0 +1,69 @@
+"""`bharat layout`: the plan, every legal layout, and bytes per rank, for a module that is never in memory."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_bharat.cli import main
+from lightning_bharat.commands import table
+from tests.cli.project import Project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return Project(tmp_path, monkeypatch)
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """Layout -> its numbers, from the printed table."""
+    found = re.findall(r"^(data=\d+, tensor=\d+) {2,}(.*)$", out, flags=re.MULTILINE)
+    return {layout: re.split(r" {2,}", numbers) for layout, numbers in found}
+
+
+def test_docstrings_are_true() -> None:
+    assert doctest.testmod(table).failed == 0
+
+
+def test_plan_and_layouts(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layout", *project.classes, "--model.width=9", "--devices=4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("blocks: 2 blocks\n")
+    assert "up ─ ─▶ down   18 channels" in out
+    assert list(rows(out)) == ["data=4, tensor=1", "data=2, tensor=2"]
+    assert "No layout with tensor=4: tensor_parallel_size=4 does not divide the 18 channels" in out
+    assert "Activations come on top" in out
+
+
+def test_bytes_of_one_device(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layout", *project.classes, "--devices=1", "--trainer.precision=bf16-true"]) == 0
+    embed, block, head = 5 * 8, 2 * 8 + (8 + 1) * 16 + (16 + 1) * 8, 9
+    parameters = embed + 2 * block + head
+    of_adamw = 2 * 2 * parameters + 4 * (2 + 2 * 6 + 2)  # two states in bfloat16 and a step in float32 for each tensor
+    expected = [table.size(n) for n in (2 * parameters, 2 * parameters, of_adamw, 0, 4 * parameters + of_adamw)]
+    assert rows(capsys.readouterr().out) == {"data=1, tensor=1": expected}
+
+
+def test_a_model_that_no_host_could_hold(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a petabyte in float32: anything that is not on `meta` would end the process."""
+    huge = [f"--model={project.package}.model.Huge", *project.classes[2:], "--devices=512"]
+    assert main(["layout", *huge]) == 0
+    assert rows(capsys.readouterr().out)["data=512, tensor=1"][0] == "910 GiB"
+
+
+def test_the_given_optimizer_counts(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layout", *project.classes, "--devices=1", "--optimizer=SGD", "--optimizer.lr=0.1"]
+    assert main(words) == 0
+    assert rows(capsys.readouterr().out)["data=1, tensor=1"][2] == "0 B"
+
+
+def test_an_optimizer_that_needs_values_is_taken_for_adamw(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layout", *project.classes, "--devices=1", "--optimizer=Adafactor", "--optimizer.lr=0.1"]) == 0
+    assert (
+        "The optimizer is taken for AdamW, since the module's could not be stepped on meta" in capsys.readouterr().out
+    )
