@@ -40,14 +40,6 @@ COMMANDS = {
     "verify": Command(
         "compare a few steps of a module whole and cut", "lightning_bharat.commands.verify:main", project=True
     ),
-    "data fetch": Command(
-        "fetch real text: English, on Debian also Indian languages", "lightning_bharat.data.commands:fetch"
-    ),
-    "data prepare": Command("tokenize text and pack it for training", "lightning_bharat.data.commands:prepare"),
-    "data show": Command("print what prepared data hold", "lightning_bharat.data.commands:show"),
-    "data fetch": Command("fetch real text in many languages", "lightning_bharat.data.commands:fetch"),
-    "data prepare": Command("tokenize text and pack it for training", "lightning_bharat.data.commands:prepare"),
-    "data show": Command("print what prepared data holds", "lightning_bharat.data.commands:show"),
     "checkpoint export": Command(
         "write weights as safetensors for Hugging Face or plain torch", "lightning_bharat.checkpoints.commands:export"
     ),
@@ -57,7 +49,7 @@ COMMANDS = {
     "checkpoint show": Command("print what a checkpoint is", "lightning_bharat.checkpoints.commands:show"),
 }
 
-GROUPS = {"data": "text for training", "checkpoint": "read and write checkpoints"}
+GROUPS = {"checkpoint": "read and write checkpoints"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
