@@ -12,14 +12,14 @@ from torch import Tensor
 from lightning_bharat.datamodules import TokenDataModule
 from tests.data.texts import write_corpus
 
-SEQUENCE = 24
+SEQUENCE = 32
 
 
 def data(folder: Path, batch_size: int = 8, **options: Any) -> TokenDataModule:
-    """The corpus of the tests, prepared in ``folder``: about 22 global batches of 8 sequences."""
+    """The corpus of the tests, prepared in ``folder``: about 20 steps of 8 sequences."""
     corpus = folder / "texts.jsonl"
     if not corpus.exists():
-        write_corpus(corpus, count=160)
+        write_corpus(corpus, count=90)
     return TokenDataModule(
         folder / "prepared", str(corpus), vocab_size=400, sequence_length=SEQUENCE, batch_size=batch_size, **options
     )

@@ -54,7 +54,7 @@ def run(folder: Path, checkpoint: Path | None = None, batch_size: int = 8, worke
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reads_steps_early": True}, {"val_check_interval": 9}, {"limit_train_batches": 7}], ids=str
+    "options", [{}, {"reads_steps_early": True}, {"val_check_interval": 8}, {"limit_train_batches": 7}], ids=str
 )
 def test_saved_anywhere(options: dict[str, Any], tmp_path: Path) -> None:
     options |= {"max_epochs": 2, "limit_val_batches": 1}

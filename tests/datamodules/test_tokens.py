@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_bharat.data import DataError, Prepared
 from lightning_bharat.datamodules import TokenDataModule
-from tests.datamodules.recorder import Recorder, beginnings, data, trainer
+from tests.datamodules.recorder import SEQUENCE, Recorder, beginnings, data, trainer
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -86,7 +86,7 @@ def prepared(folder: Path, **options: Any) -> TokenDataModule:
 def test_batches(tmp_path: Path) -> None:
     module = prepared(tmp_path)
     batch = next(iter(module.train_dataloader()))
-    assert batch["input_ids"].shape == batch["labels"].shape == (8, 24)
+    assert batch["input_ids"].shape == batch["labels"].shape == (8, SEQUENCE)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"][:, 1:].equal(batch["labels"][:, :-1])
     assert batch["input_ids"].max() < module.vocab_size
@@ -96,7 +96,7 @@ def test_evaluation_leaves_nothing_out(tmp_path: Path) -> None:
     module = prepared(tmp_path, eval_batch_size=5, test_fraction=0.1)
     for loader, split in ((module.val_dataloader(), "val"), (module.test_dataloader(), "test")):
         rows = [row for batch in loader for row in beginnings(batch)]
-        assert len(rows) == (module.prepared.splits[split].tokens - 1) // 24
+        assert len(rows) == (module.prepared.splits[split].tokens - 1) // SEQUENCE
         assert rows == [beginnings({"input_ids": loader.dataset[i]["input_ids"][None]})[0] for i in range(len(rows))]
 
 
@@ -118,8 +118,8 @@ def test_without_validation_data(tmp_path: Path) -> None:
     module = Recorder()
     trainer(max_epochs=1, limit_train_batches=2).fit(module, data(tmp_path, val_fraction=0))
     assert len(module.seen) == 2 and not module.validated
-    with pytest.raises(DataError, match="holds no 'test' data, only train"):
-        trainer().test(Recorder(), data(tmp_path, val_fraction=0))
+    with pytest.raises(DataError, match="holds no 'val' data, only train"):
+        trainer().predict(Recorder(), data(tmp_path, val_fraction=0))
 
 
 def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_bad_input(tmp_path: Path) -> None:
     chunk = next((tmp_path / "prepared" / "train").glob("*.bin"))
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DataError, match="not as it was written"):
-        fit(TokenDataModule(tmp_path / "prepared", sequence_length=24))
+        fit(TokenDataModule(tmp_path / "prepared", sequence_length=SEQUENCE))
 
 
 def test_the_command_line_builds_it(tmp_path: Path) -> None:

@@ -46,3 +46,23 @@ def test_two_data_ranks_equal_one_process(module: str) -> None:
 )
 def test_each_option_alone(module: str, options: dict[str, Any]) -> None:
     compare(module, 2, options, gradient_clip_val=0.5, last=2)
+
+
+@pytest.mark.parametrize("module", zoo())
+def test_two_tensor_ranks_equal_one_process(module: str) -> None:
+    compare(module, 2, {"tensor_parallel_size": 2}, gradient_clip_val=0.5, last=2)
+
+
+@pytest.mark.parametrize("module", zoo())
+def test_data_and_tensor_ranks_equal_one_process(module: str) -> None:
+    everything = {"tensor_parallel_size": 2, "activation_checkpointing": "full", "token_weighted": module != "stack"}
+    compare(module, 4, everything, gradient_clip_val=0.5, last=2, accumulate_grad_batches=2)
+
+
+def test_copies_of_shards() -> None:
+    compare("nano", 4, {"replicate_size": 2}, gradient_clip_val=0.5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ragged_labels_weighted_by_tokens(accumulate: int) -> None:
+    compare("nano", 2, {"token_weighted": True}, ragged=True, accumulate_grad_batches=accumulate)
