@@ -235,5 +235,3 @@ def _opened(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {path.parent} is an incomplete copy of a checkpoint")
     return safe_open(path, framework="pt")
-
-

@@ -1,4 +1,4 @@
-"""Everything private of Lightning that this package touches; tests/strategies/test_private_names.py fails when it moves."""
+"""Everything private of Lightning that this package touches; tests/strategies/test_private_names.py fails when it moves."""  # noqa: E501
 
 from __future__ import annotations
 

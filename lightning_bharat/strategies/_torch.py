@@ -1,6 +1,7 @@
 """Everything private of torch that this package touches; tests/strategies/test_private_names.py fails when it moves.
 
-``Root`` drives the outermost FSDP2 state by hand. FSDP2 gathers a module's weights when its ``forward`` is called, and a
+``Root`` drives the outermost FSDP2 state by hand. FSDP2 gathers a module's weights when its ``forward`` is called,
+and a
 LightningModule is entered by ``training_step`` and its kin instead, which may also run backward and optimizer steps in
 the middle (manual optimization) and read weights without calling the module that holds them.
 """
@@ -71,7 +72,7 @@ class Root:
             return
         self._state._state_ctx.iter_forward_root = None
         for state in (self._state, *self._groups):  # entered outside of a step, by a forward that nothing leaves
-            state._training_state = TrainingState.IDLE
+            state._training_state = TrainingState.IDLE  # type: ignore[attr-defined]
         self.module.reshard()
 
     def recover(self) -> None:

@@ -48,5 +48,5 @@ def _digest(tensors: list[Tensor]) -> str:
     for tensor in tensors:
         shapes.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        bits.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        bits.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")  # type: ignore[arg-type]
     return f"{shapes.hexdigest()}:{bits.hexdigest()}"

@@ -28,7 +28,7 @@ from lightning_bharat.strategies.preparation import Preparation, refuse_callback
 from lightning_bharat.strategies.token_weights import TokenWeights
 
 
-class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):  # type: ignore[misc]
+class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
     """Trains an unchanged LightningModule on data × tensor ranks.
 
     Parameters, gradients and optimizer states are divided over the data ranks by FSDP2; weights of attention heads,

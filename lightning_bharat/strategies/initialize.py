@@ -1,6 +1,7 @@
 """Values for weights that exist on ``meta`` alone: leaf by leaf, the same on one rank as on any number.
 
-A leaf (a module with parameters or buffers of its own) is built whole on the CPU under a seed made of the run's seed and
+A leaf (a module with parameters or buffers of its own) is built whole on the CPU under a seed made of the run's seed
+and
 the leaf's name, and each rank keeps its pieces of it. So no rank ever holds more than its pieces and one leaf.
 """
 
@@ -38,7 +39,8 @@ class _Leaf:
         """The whole leaf on the CPU.
 
         Raises:
-            InitializeError: it has neither ``reset_parameters`` nor an ancestor's ``_init_weights`` that sets all of it.
+            InitializeError: it has neither ``reset_parameters`` nor an ancestor's ``_init_weights`` that sets all of
+            it.
         """
         shell = self.shell
         for name, tensor in [*shell._parameters.items(), *shell._buffers.items()]:

@@ -35,7 +35,7 @@ def _bytes(module: nn.Module, trained: bool = False) -> int:
 
 
 def fitting_tensor_size(module: nn.Module, devices: int, devices_on_host: int, memory: int) -> tuple[int, str]:
-    """The smallest tensor size that divides the devices of a host with which the model fits; and the reason, in words."""
+    """The smallest tensor size that divides the devices of a host with which the model fits; and the reason, in words."""  # noqa: E501
     sizes = [n for n in range(1, devices_on_host + 1) if devices_on_host % n == 0 and devices % n == 0]
     needs = {n: static_bytes(module, devices // n, n) for n in sizes}
     for size in sizes:

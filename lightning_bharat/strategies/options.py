@@ -125,7 +125,7 @@ class Options:
 
 def _on_meta(module: nn.Module) -> nn.Module | None:
     """The module's parameters, also when ``configure_model`` is yet to make them."""
-    if not is_overridden("configure_model", module):  # type: ignore[arg-type]
+    if not is_overridden("configure_model", module):
         return module
     try:
         with torch.device("meta"):

@@ -1,6 +1,7 @@
 """Gradients seen as one vector over all ranks: its norm, clipping, and a scaler that decides alike everywhere.
 
-Lightning's precision plugins stay what they are; :func:`across_ranks` gives one of them the methods that must look beyond
+Lightning's precision plugins stay what they are; :func:`across_ranks` gives one of them the methods that must look
+beyond
 this rank's pieces, so that an overridden ``configure_gradient_clipping`` goes through them too.
 """
 
@@ -36,7 +37,7 @@ class AcrossRanks(Precision):
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Scale the gradients of ``optimizer`` so that their norm over all ranks is at most ``clip_val``."""
-        parameters = [p for p in self.main_params(optimizer) if p.grad is not None]  # type: ignore[arg-type]
+        parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
         total = total_norm(parameters, self.groups_of, 2.0, self.device)
         scale = (clip_val / (total + 1e-6)).clamp(max=1.0)
         for grads in _by_kind(parameters):
@@ -44,7 +45,7 @@ class AcrossRanks(Precision):
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clamp each gradient of ``optimizer`` to [-clip_val, clip_val]."""
-        for grads in _by_kind(self.main_params(optimizer)):  # type: ignore[arg-type]
+        for grads in _by_kind(self.main_params(optimizer)):
             torch._foreach_clamp_min_(grads, -clip_val)
             torch._foreach_clamp_max_(grads, clip_val)
 

@@ -1,4 +1,4 @@
-"""From the module as the person wrote it to the one that trains: cut, recomputing, compiled, divided, with its weights."""
+"""From the module as the person wrote it to the one that trains: cut, recomputing, compiled, divided, with its weights."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Preparation:
         device = strategy.root_device
         given = options.weights
         if given is None and hasattr(module, "initial_weights"):  # a module on meta may know where its weights lie
-            given = module.initial_weights()
+            given = module.initial_weights()  # type: ignore[operator]
         start = Initializer(module, given)
         agreed = "" if given is not None else agree_on_weights(module, device)
         choices["weights"] = start.words or agreed
@@ -102,7 +102,7 @@ class Preparation:
         ):
             if wanted and not units:
                 raise ValueError(
-                    f"{name}={wanted!r} works on repeated blocks, and {type(self.module).__name__} has no list of them; "
+                    f"{name}={wanted!r} works on repeated blocks, and {type(self.module).__name__} has no list of them; "  # noqa: E501
                     f"put two or more modules of one class in an nn.ModuleList, or leave {name} out"
                 )
             if wanted:
@@ -172,7 +172,7 @@ class Preparation:
         if self._shards:
             return self._shards.without_sync()
         outermost = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
-        return _WithoutSync(outermost) if outermost else nullcontext()
+        return _WithoutSync(outermost) if outermost else nullcontext()  # type: ignore[arg-type]
 
 
 class _WithoutSync:

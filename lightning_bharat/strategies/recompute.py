@@ -31,7 +31,7 @@ def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPo
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Hugging Face's blocks without their key-value cache, which would grow again in the recomputation."""
     empty = {name: None for name in ("cache", "past_key_values", "layer_past") if name in kwargs}
-    return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}
+    return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}  # type: ignore[dict-item]
 
 
 def recompute(block: nn.Module, mode: str) -> None:
@@ -49,4 +49,4 @@ def recompute(block: nn.Module, mode: str) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **extra, **_without_cache(kwargs))
 
-    block.forward = checkpointed  # type: ignore[method-assign]
+    block.forward = checkpointed

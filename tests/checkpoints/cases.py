@@ -60,9 +60,7 @@ class Case:
         keys = ("exp_avg", "exp_avg_sq")
         self.moments = {key: {n: torch.randn(p.shape) for n, p in self.whole.items()} for key in keys}
         self.slices = {
-            name: cut
-            for name in self.whole
-            if (cut := cut_of(name, layout.tensor, self.here["tensor"])) is not None
+            name: cut for name in self.whole if (cut := cut_of(name, layout.tensor, self.here["tensor"])) is not None
         }
         self.tensor_group = None
         if layout.devices > 1:
