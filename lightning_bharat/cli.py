@@ -40,6 +40,11 @@ COMMANDS = {
     "verify": Command(
         "compare a few steps of a module whole and cut", "lightning_bharat.commands.verify:main", project=True
     ),
+    "data fetch": Command(
+        "fetch real text: English, on Debian also Indian languages", "lightning_bharat.data.commands:fetch"
+    ),
+    "data prepare": Command("tokenize text and pack it for training", "lightning_bharat.data.commands:prepare"),
+    "data show": Command("print what prepared data hold", "lightning_bharat.data.commands:show"),
     "checkpoint export": Command(
         "write weights as safetensors for Hugging Face or plain torch", "lightning_bharat.checkpoints.commands:export"
     ),
@@ -49,7 +54,7 @@ COMMANDS = {
     "checkpoint show": Command("print what a checkpoint is", "lightning_bharat.checkpoints.commands:show"),
 }
 
-GROUPS = {"checkpoint": "read and write checkpoints"}
+GROUPS = {"data": "text for training", "checkpoint": "read and write checkpoints"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
