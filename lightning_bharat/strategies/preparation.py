@@ -39,8 +39,8 @@ def refuse_callbacks(trainer: pl.Trainer, layout: Layout) -> None:
         if layout.devices > 1 and _lightning.is_averaging(callback):
             raise MisconfigurationException(
                 f"{type(callback).__name__} averages a copy of the whole module, and bharat_hybrid cuts it over "
-                f"{layout.devices} ranks. Use lightning_bharat.callbacks.WeightAveraging or EMAWeightAveraging, which "
-                "take the same arguments and average each rank's pieces"
+                f"{layout.devices} ranks; leave the callback out: averaging of each "
+                "rank's pieces is not in this version"
             )
 
 
