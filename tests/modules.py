@@ -143,6 +143,7 @@ def fit(
     steps: int = 10,
     ragged: bool = False,
     batch: int = 8,
+    batches: int = 4,
     last: int = 0,
     **trainer: Any,
 ) -> Result:
@@ -170,7 +171,7 @@ def fit(
             **trainer,
         }
     )
-    rows = [Rows(name, batch, 4, ranks // tensor, rank // tensor, ragged, last) for _ in range(2)]
+    rows = [Rows(name, batch, batches, ranks // tensor, rank // tensor, ragged, last) for _ in range(2)]
     loop.fit(made, *rows)
     after = {n: whole(made, n, p) for n, p in made.named_parameters()}
     explain = loop.strategy.explain() if strategy is not None else ""

@@ -181,7 +181,9 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
         if self._tokens:
             module = self._module()
             divided_by = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
-            closure_loss = self._tokens.weigh(closure_loss, divided_by, module.parameters())
+            # Not the module's: those outside of blocks are gathered now, and their gradients are not on them.
+            stepped = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+            closure_loss = self._tokens.weigh(closure_loss, divided_by, stepped)
         out = super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self._prepared is not None
         self._prepared.after_backward()

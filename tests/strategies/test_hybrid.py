@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from tests.modules import Result, assert_equal, fit, zoo
 from tests.ranks import run_ranks
@@ -55,14 +56,29 @@ def test_two_tensor_ranks_equal_one_process(module: str) -> None:
 
 @pytest.mark.parametrize("module", zoo())
 def test_data_and_tensor_ranks_equal_one_process(module: str) -> None:
-    everything = {"tensor_parallel_size": 2, "activation_checkpointing": "full", "token_weighted": module != "stack"}
-    compare(module, 4, everything, gradient_clip_val=0.5, last=2, accumulate_grad_batches=2)
+    options: dict[str, Any] = {"tensor_parallel_size": 2}
+    if module != "stack":
+        options |= {"activation_checkpointing": "full", "token_weighted": True}
+    compare(module, 4, options, gradient_clip_val=0.5, accumulate_grad_batches=2)
 
 
 def test_copies_of_shards() -> None:
     compare("nano", 4, {"replicate_size": 2}, gradient_clip_val=0.5)
 
 
+def test_value_clipping() -> None:
+    compare("nano", 2, {"tensor_parallel_size": 2}, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_ragged_labels_weighted_by_tokens(accumulate: int) -> None:
-    compare("nano", 2, {"token_weighted": True}, ragged=True, accumulate_grad_batches=accumulate)
+def test_ragged_labels_weighted_by_tokens(accumulate: int, tensor: int) -> None:
+    """Weights equal those of one process that sees each window as one batch; logged losses are means of means."""
+    expected = one_process("nano", ragged=True, batch=8 * accumulate)
+    strategy = {"token_weighted": True, "tensor_parallel_size": tensor}
+    options = {"ragged": True, "accumulate_grad_batches": accumulate, "batches": 4 * accumulate}
+    for found in run_ranks(_fit, 2 * tensor, "nano", strategy, options):
+        for name, weight in expected.weights.items():
+            torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-7, msg=name)
+        norms = [norm for _, norm in found.seen][accumulate - 1 :: accumulate]
+        assert norms == pytest.approx([norm for _, norm in expected.seen], rel=1e-9)
