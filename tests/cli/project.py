@@ -75,7 +75,7 @@ class Huge(Model):
 class OnMetaImpossible(Model):
     def __init__(self):
         super().__init__()
-        self.rates = torch.linspace(0, 1, 3).tolist()
+        self.rates = torch.arange(3.0).tolist()
 """
 
 _DATA = """
