@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -45,6 +46,7 @@ class OrderedLoader:
             loader (a batch handed out and not finished was not consumed).
         on_resume: called before the first epoch after a resume with the number of this epoch's batches that count as
             done, in today's batches over all ranks: what the training loop's count must say to end with the last one.
+        batches_of_epoch: where the training loop ends an epoch, if before the last batch (``limit_train_batches``).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class OrderedLoader:
         data: str = "",
         finished_batches: Callable[[], int] | None = None,
         on_resume: Callable[[int], None] | None = None,
+        batches_of_epoch: Callable[[], float] = lambda: inf,
     ) -> None:
         self.dataset = dataset
         self.batch_sampler = _Announced(batches, self._before_epoch)
@@ -64,7 +67,9 @@ class OrderedLoader:
         self._data = data
         self._finished_batches = finished_batches
         self._on_resume = on_resume
+        self._batches_of_epoch = batches_of_epoch
         self._resumed_at: int | None = None
+        self._ahead = 0  # by how many epochs Lightning's count is before the data's
         self._handed = 0
         self._begun = False
         self._loader: DataLoader = DataLoader(
@@ -86,9 +91,14 @@ class OrderedLoader:
             yield batch
 
     def _before_epoch(self, epoch: int) -> None:
-        if self._resumed_at is not None and self._on_resume is not None:
-            self._on_resume(self._resumed_at)
+        if self._resumed_at is not None:
+            if self._on_resume is not None:
+                self._on_resume(self._resumed_at)
+            # Lightning counts an epoch that `max_steps` ended early as done; then what is left of it comes first.
+            unfinished = self._resumed_at < min(len(self), self._batches_of_epoch())
+            self._ahead = int(unfinished and epoch == self._batches.epoch + 1)
         self._resumed_at = None
+        epoch -= self._ahead
         if self._begun or epoch != self._batches.epoch:
             self._batches.go_to(epoch)
         self._begun, self._handed = False, 0

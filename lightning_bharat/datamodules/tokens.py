@@ -218,6 +218,7 @@ class TokenDataModule(L.LightningDataModule):
             data=f"{self.prepared.digest(split)}, sequence_length={self.sequence_length}",
             finished_batches=self._finished_batches if training else None,
             on_resume=self._set_finished_batches if training else None,
+            **({"batches_of_epoch": self._batches_of_epoch} if training else {}),
         )
 
     def _coordinate(self) -> dict[str, int]:
@@ -227,6 +228,10 @@ class TokenDataModule(L.LightningDataModule):
 
     def _finished_batches(self) -> int:
         return self._batch_progress().current.processed
+
+    def _batches_of_epoch(self) -> float:
+        assert self.trainer is not None
+        return self.trainer.num_training_batches
 
     def _batch_progress(self) -> Any:
         """Lightning's count of this epoch's batches."""
