@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_bharat import HybridStrategy
 from lightning_bharat.data import DataError, Prepared
 from lightning_bharat.datamodules import TokenDataModule
 from tests.datamodules.recorder import SEQUENCE, Recorder, beginnings, data, trainer
@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class PairsShareData(DDPStrategy):
+class PairsShareData(HybridStrategy):
     """Ranks 2n and 2n + 1 have the data coordinate n, as with two tensor ranks."""
 
     @property
@@ -30,7 +30,7 @@ class PairsShareData(DDPStrategy):
 def fit_rank(folder: Path, batch_size: int, pairs: bool, checkpoint: Path | None, steps: int) -> dict[str, Any]:
     """Fit on this rank, save at the end, and return what was read and logged."""
     ranks = int(os.environ["WORLD_SIZE"])
-    strategy = PairsShareData() if pairs else DDPStrategy()
+    strategy = (PairsShareData if pairs else HybridStrategy)(save_distributed_checkpoint=False)
     fit = trainer(strategy=strategy if ranks > 1 else "auto", devices=ranks, max_steps=steps, max_epochs=-1)
     module = Recorder()
     fit.fit(module, data(folder, batch_size), ckpt_path=checkpoint)
