@@ -41,17 +41,17 @@ COMMANDS = {
         "compare a few steps of a module whole and cut", "lightning_bharat.commands.verify:main", project=True
     ),
     "data fetch": Command(
-        "fetch real text: English, on Debian also Indian languages", "lightning_bharat.data.commands:fetch"
+        "fetch real text: English, on Debian also Indian languages", "lightning_bharat.commands.data:fetch"
     ),
-    "data prepare": Command("tokenize text and pack it for training", "lightning_bharat.data.commands:prepare"),
-    "data show": Command("print what prepared data hold", "lightning_bharat.data.commands:show"),
+    "data prepare": Command("tokenize text and pack it for training", "lightning_bharat.commands.data:prepare"),
+    "data show": Command("print what prepared data hold", "lightning_bharat.commands.data:show"),
     "checkpoint export": Command(
-        "write weights as safetensors for Hugging Face or plain torch", "lightning_bharat.checkpoints.commands:export"
+        "write weights as safetensors for Hugging Face or plain torch", "lightning_bharat.commands.checkpoint:export"
     ),
     "checkpoint convert": Command(
-        "turn a directory into one Lightning .ckpt, or back", "lightning_bharat.checkpoints.commands:convert"
+        "turn a directory into one Lightning .ckpt, or back", "lightning_bharat.commands.checkpoint:convert"
     ),
-    "checkpoint show": Command("print what a checkpoint is", "lightning_bharat.checkpoints.commands:show"),
+    "checkpoint show": Command("print what a checkpoint is", "lightning_bharat.commands.checkpoint:show"),
 }
 
 GROUPS = {"data": "text for training", "checkpoint": "read and write checkpoints"}

@@ -1,4 +1,4 @@
-"""LightningModules for the strategies' tests: the plain models of tests/plan/models.py, trained as people train them."""  # noqa: E501
+"""LightningModules for the strategies' tests: the models of tests/plan/models.py, trained as people train them."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def fit(
     last: int = 0,
     **trainer: Any,
 ) -> Result:
-    """Train on the ranks that call it; ``strategy`` are HybridStrategy's arguments, ``None`` is plain Lightning on one."""  # noqa: E501
+    """Train on the ranks that call it. ``strategy``: HybridStrategy's arguments; ``None`` is one plain process."""
     import lightning_bharat
 
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if strategy is not None else 1

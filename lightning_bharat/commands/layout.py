@@ -14,11 +14,11 @@ from lightning_bharat.commands.inspection import InspectionCLI, quiet
 from lightning_bharat.commands.project import BAD_PROJECT
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import size, table
+from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank, optimizer_state
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.strategies.data import find_units
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
 from lightning_bharat.strategies.tensor import cut_module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,27 @@ def block_names(module: nn.Module) -> tuple[str, ...]:
     if name is None:
         return (single_block(module),)
     return tuple(f"{name}.{child}" for child, _ in module.get_submodule(name).named_children())
+
+
+def find_units(module: nn.Module) -> list[str]:
+    """Names of the modules to gather one at a time: the members of each outermost list of two or more modules of one
+    class that have parameters and children, where no parameter is also used elsewhere."""
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    found: list[str] = []
+    for name, container in module.named_modules():
+        nested = any(name.startswith(f"{unit}.") or name == unit for unit in found)
+        if nested or not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            continue
+        members = [(n, m) for n, m in container.named_children() if next(m.parameters(), None) is not None]
+        alike = len(members) > 1 and len({type(m) for _, m in members}) == 1
+        if alike and all(_is_unit(m, uses) for _, m in members):
+            found += [f"{name}.{n}".lstrip(".") for n, _ in members]
+    return found
+
+
+def _is_unit(module: nn.Module, uses: Counter[int]) -> bool:
+    inside = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    return next(module.children(), None) is not None and all(uses[p] == inside[p] for p in inside)
 
 
 def kinds_of(blocks: list[nn.Module]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Everything private of Lightning that this package touches; tests/strategies/test_private_names.py fails when it moves."""  # noqa: E501
+"""All of Lightning's private names that this package touches; test_private_names.py fails when one moves."""
 
 from __future__ import annotations
 
@@ -81,11 +81,27 @@ def count_by_data_ranks(trainer: pl.Trainer, data: int) -> None:
 
 
 def show_whole_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Let ModelSummary show ``module`` as it is now, before it is cut over tensor ranks."""
+    """Let ModelSummary show ``module`` as it is now, before it is cut."""
+    example = module.example_input_array
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.example_input_array = None  # it could not be run
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelSummary) and callback._max_depth:
-            whole = summarize(module, max_depth=callback._max_depth)
+            whole: Any = _Summary(summarize(module, max_depth=callback._max_depth))
             callback._summary = lambda *_, whole=whole: whole  # type: ignore[method-assign]
+    module.example_input_array = example
+
+
+class _Summary:
+    """What a summary says now: Lightning's own looks at the module again each time that it is asked."""
+
+    def __init__(self, summary: Any) -> None:
+        self._data = summary._get_summary_data()
+        for name in ("total_parameters", "trainable_parameters", "model_size", "total_training_modes", "total_flops"):
+            setattr(self, name, getattr(summary, name))
+
+    def _get_summary_data(self) -> list[tuple[str, list[str]]]:
+        return self._data
 
 
 def materialize_distributed(module: nn.Module, device: torch.device) -> None:

@@ -27,8 +27,7 @@ class Collectives(_Base):
         """``tensor`` over the ranks of ``group``, as a new tensor; what is not a tensor comes back as it is.
 
         By default over all ranks, of which tensor peers hold equal values; a sum goes over the data ranks alone, so
-        that
-        it counts nothing twice. The mean of whole numbers is a float64.
+        that it counts nothing twice. The mean of whole numbers is a float64.
         """
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor

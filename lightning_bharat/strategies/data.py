@@ -6,7 +6,6 @@ Between steps every parameter is a ``DTensor`` of which a rank holds its rows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,27 +18,6 @@ from torch.optim import Optimizer
 
 from lightning_bharat.strategies._torch import Root
 from lightning_bharat.strategies.scalars import Scalars
-
-
-def find_units(module: nn.Module) -> list[str]:
-    """Names of the modules to gather one at a time: the members of each outermost list of two or more modules of one
-    class that have parameters and children, where no parameter is also used elsewhere."""
-    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    found: list[str] = []
-    for name, container in module.named_modules():
-        nested = any(name.startswith(f"{unit}.") or name == unit for unit in found)
-        if nested or not isinstance(container, (nn.ModuleList, nn.Sequential)):
-            continue
-        members = [(n, m) for n, m in container.named_children() if next(m.parameters(), None) is not None]
-        alike = len(members) > 1 and len({type(m) for _, m in members}) == 1
-        if alike and all(_is_unit(m, uses) for _, m in members):
-            found += [f"{name}.{n}".lstrip(".") for n, _ in members]
-    return found
-
-
-def _is_unit(module: nn.Module, uses: Counter[int]) -> bool:
-    inside = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    return next(module.children(), None) is not None and all(uses[p] == inside[p] for p in inside)
 
 
 class DataShards:

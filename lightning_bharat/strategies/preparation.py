@@ -1,4 +1,4 @@
-"""From the module as the person wrote it to the one that trains: cut, recomputing, compiled, divided, with its weights."""  # noqa: E501
+"""From the module as the person wrote it to the one that trains: cut, divided, with its weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, planning
 from lightning_bharat.strategies.agreement import agree_on_weights
-from lightning_bharat.strategies.data import DataShards, find_units
+from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.recompute import recompute
 from lightning_bharat.strategies.tensor import cut_module
@@ -79,8 +80,8 @@ class Preparation:
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
         units = find_units(module)
+        _lightning.show_whole_summary(trainer, module)
         if layout.tensor > 1:
-            _lightning.show_whole_summary(trainer, module)
             sequence, loss = (planning.used(strategy, self.plan, name) for name in ("sequence", "loss"))
             assert strategy.tensor_group is not None
             self.slices = cut_module(module, self.plan, strategy.tensor_group, sequence=sequence, loss=loss)
@@ -102,8 +103,8 @@ class Preparation:
         ):
             if wanted and not units:
                 raise ValueError(
-                    f"{name}={wanted!r} works on repeated blocks, and {type(self.module).__name__} has no list of them; "  # noqa: E501
-                    f"put two or more modules of one class in an nn.ModuleList, or leave {name} out"
+                    f"{name}={wanted!r} works on repeated blocks, and {type(self.module).__name__} has no list of "
+                    f"them; put two or more modules of one class in an nn.ModuleList, or leave {name} out"
                 )
             if wanted:
                 choices[name] = f"{wanted}, for {len(units)} blocks"

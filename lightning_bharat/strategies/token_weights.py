@@ -1,10 +1,10 @@
 """Every valid label counts the same, on whatever rank and in whatever micro-batch it is.
 
 Without this, data ranks and accumulated batches average means: a rank with few valid labels weighs as much as one with
-many. :class:`TokenWeights` watches the one mean cross entropy of a training step, counts its valid labels and weighs this
-rank's loss by them, such that after each backward pass the gradients are the mean over all labels of all data ranks since
-the last optimizer step.
-"""  # noqa: E501
+many. :class:`TokenWeights` watches the one mean cross entropy of a training step, counts its valid labels and weighs
+this rank's loss by them, such that after each backward pass the gradients are the mean over all labels of all data
+ranks since the last optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _nll_loss_arguments(
 
 
 def _count(input: Tensor, target: Tensor, weight: Tensor | None, ignore: int) -> Tensor:
-    """By what the mean divides: valid labels, or the sum of their classes' weights; rows for targets of probabilities."""  # noqa: E501
+    """What the mean divides by: valid labels, or the sum of their class weights; rows if targets are probabilities."""
     if target.is_floating_point():
         rows = input.numel() // input.shape[1 if input.ndim > 1 else 0]
         return torch.tensor(float(rows), dtype=torch.float64, device=target.device)
@@ -114,9 +114,9 @@ class TokenWeights:
             out = step()
         if out is not None and len(watch.counts) != 1:
             raise TokenWeightError(
-                f"token_weighted=True: the training step calls cross_entropy(reduction='mean') {len(watch.counts)} times, "  # noqa: E501
-                "and it must call it exactly once: labels are counted there. Compute the loss of a batch in one call, or "  # noqa: E501
-                "write token_weighted=False and weigh it in the step"
+                "token_weighted=True: the training step calls cross_entropy(reduction='mean') "
+                f"{len(watch.counts)} times, and it must call it exactly once: labels are counted there. Compute the "
+                "loss of a batch in one call, or write token_weighted=False and weigh it in the step"
             )
         self._count = watch.counts[0] if watch.counts else None
         return out

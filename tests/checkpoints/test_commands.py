@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_bharat.checkpoints import CheckpointError, commands, save, weights
+from lightning_bharat.checkpoints import CheckpointError, save, weights
 from lightning_bharat.checkpoints.folder import size_in_bytes
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.opened import open_any
+from lightning_bharat.commands import checkpoint as checkpoint_commands
 from lightning_bharat.plan.layout import Layout
 from tests.checkpoints.cases import Case
 from tests.checkpoints.test_layouts import load_case, save_case
@@ -35,18 +36,18 @@ def whole() -> dict[str, torch.Tensor]:
 
 
 def test_plain_torch_loads_an_export(checkpoint: Path, tmp_path: Path) -> None:
-    commands.export(checkpoint, tmp_path / "out")
+    checkpoint_commands.export(checkpoint, tmp_path / "out")
     module = Case(Layout(), seed=4).module
     module.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))  # strict
     assert all(torch.equal(value, whole()[name]) for name, value in module.state_dict().items())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     with pytest.raises(CheckpointError, match=r"exists; write another place, or overwrite=True"):
-        commands.export(checkpoint, tmp_path / "out")
-    commands.export(checkpoint, tmp_path / "out", overwrite=True)
+        checkpoint_commands.export(checkpoint, tmp_path / "out")
+    checkpoint_commands.export(checkpoint, tmp_path / "out", overwrite=True)
 
 
 def test_an_export_in_several_files_of_another_type(checkpoint: Path, tmp_path: Path) -> None:
-    commands.export(checkpoint, tmp_path / "out", prefix="blocks.", dtype="bfloat16", max_shard_size="300B")
+    checkpoint_commands.export(checkpoint, tmp_path / "out", prefix="blocks.", dtype="bfloat16", max_shard_size="300B")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
@@ -65,19 +66,19 @@ def test_an_export_in_several_files_of_another_type(checkpoint: Path, tmp_path: 
 
 def test_bad_arguments_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"prefix='model.': no weight .* begin with blocks., embedding., head."):
-        commands.export(checkpoint, tmp_path / "out", prefix="model.")
+        checkpoint_commands.export(checkpoint, tmp_path / "out", prefix="model.")
     with pytest.raises(CheckpointError, match=r"max_shard_size='big' is not a size"):
-        commands.export(checkpoint, tmp_path / "out", max_shard_size="big")
+        checkpoint_commands.export(checkpoint, tmp_path / "out", max_shard_size="big")
     with pytest.raises(CheckpointError, match=r"holds none of tokenizer.json"):
-        commands.export(checkpoint, tmp_path / "out", tokenizer=tmp_path)
+        checkpoint_commands.export(checkpoint, tmp_path / "out", tokenizer=tmp_path)
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
-        commands.export(tmp_path / "nowhere", tmp_path / "out")
+        checkpoint_commands.export(tmp_path / "nowhere", tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert size_in_bytes("2GB") == 2 * 10**9
 
 
 def test_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
-    commands.convert(checkpoint, tmp_path / "whole.ckpt")
+    checkpoint_commands.convert(checkpoint, tmp_path / "whole.ckpt")
     plain = torch.load(tmp_path / "whole.ckpt", weights_only=True)
     assert all(torch.equal(value, whole()[name]) for name, value in plain["state_dict"].items())
     case = Case(Layout(), seed=4)
@@ -85,7 +86,7 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
     case.optimizer.load_state_dict(plain["optimizer_states"][0])
     expected = Case(Layout(), seed=1).expected()
     assert all(torch.equal(value, expected[key]) for key, value in case.gathered().items())
-    commands.convert(tmp_path / "whole.ckpt", tmp_path / "again.ckpt")
+    checkpoint_commands.convert(tmp_path / "whole.ckpt", tmp_path / "again.ckpt")
     about = json.loads((tmp_path / "again.ckpt" / "MANIFEST.json").read_text())
     assert (about["step"], about["layout"]["tensor"]) == (7, 2)
     for layout in (Layout(), Layout(data=2, tensor=2)):
@@ -97,15 +98,15 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_show(checkpoint: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    commands.show(checkpoint, tensors=True)
+    checkpoint_commands.show(checkpoint, tensors=True)
     text = capsys.readouterr().out
     for line in ("step:         7 (epoch 0)", "saved on:     tensor 2", "Hugging Face: no model", "optimizers:   1"):
         assert line in text
     count = sum(p.numel() for p in Case(Layout(), seed=1).module.state_dict().values()) - 12 * 8
     assert f"weights:      {count:,} in 16 tensors" in text
     assert "  blocks.0.qkv.weight  float32 [24, 8]" in text
-    commands.convert(checkpoint, tmp_path / "whole.ckpt")
-    commands.show(tmp_path / "whole.ckpt")
+    checkpoint_commands.convert(checkpoint, tmp_path / "whole.ckpt")
+    checkpoint_commands.show(tmp_path / "whole.ckpt")
     assert f"weights:      {count:,} in 16 tensors" in capsys.readouterr().out
 
 
@@ -139,7 +140,7 @@ def test_hugging_face_loads_an_export(tmp_path: Path, name: str) -> None:
     assert "probe.weight" in open_any(tmp_path / "last.ckpt").weights()
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(_tokenizer())
-    commands.export(tmp_path / "last.ckpt", tmp_path / "out", tokenizer=tokenizer, max_shard_size="8KB")
+    checkpoint_commands.export(tmp_path / "last.ckpt", tmp_path / "out", tokenizer=tokenizer, max_shard_size="8KB")
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.arange(8)[None]

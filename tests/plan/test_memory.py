@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bharat import HybridStrategy
+from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.find import find_plan
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.memory import FirstOf, memory_per_rank, optimizer_state
-from lightning_bharat.strategies.data import find_units, local
+from lightning_bharat.strategies.data import local
 from lightning_bharat.strategies.tensor import cut_module
 from tests.plan.models import VOCABULARY, Nano
 from tests.ranks import run_ranks
