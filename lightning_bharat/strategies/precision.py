@@ -29,16 +29,16 @@ class AcrossRanks(Precision):
 
     Attributes:
         groups_of: the process groups over which a parameter is divided (beyond what its ``DTensor`` says).
-        device: where norms are exchanged.
+        norm_device: where norms are exchanged (``device`` is a name of Lightning's own plugins).
     """
 
     groups_of: Groups
-    device: torch.device
+    norm_device: torch.device
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Scale the gradients of ``optimizer`` so that their norm over all ranks is at most ``clip_val``."""
         parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
-        total = total_norm(parameters, self.groups_of, 2.0, self.device)
+        total = total_norm(parameters, self.groups_of, 2.0, self.norm_device)
         scale = (clip_val / (total + 1e-6)).clamp(max=1.0)
         for grads in _by_kind(parameters):
             torch._foreach_mul_(grads, scale.to(grads[0]))
@@ -55,7 +55,7 @@ def across_ranks(plugin: P, groups_of: Groups, device: torch.device) -> P:
     if not isinstance(plugin, AcrossRanks):
         kind = type(plugin)
         plugin.__class__ = type(kind.__name__, (AcrossRanks, kind), {})
-    plugin.groups_of, plugin.device = groups_of, device  # type: ignore[attr-defined]
+    plugin.groups_of, plugin.norm_device = groups_of, device  # type: ignore[attr-defined]
     scaler: Any = getattr(plugin, "scaler", None)
     if scaler is not None:
         agree_after(scaler, _agree)
