@@ -1,9 +1,8 @@
 """Everything private of torch that this package touches; tests/strategies/test_private_names.py fails when it moves.
 
-``Root`` drives the outermost FSDP2 state by hand. FSDP2 gathers a module's weights when its ``forward`` is called,
-and a
-LightningModule is entered by ``training_step`` and its kin instead, which may also run backward and optimizer steps in
-the middle (manual optimization) and read weights without calling the module that holds them.
+``Root`` drives the outermost FSDP2 state by hand. FSDP2 gathers a module's weights when its ``forward`` is called, and
+a LightningModule is entered by ``training_step`` and its kin instead, which may also run backward and optimizer steps
+in the middle (manual optimization) and read weights without calling the module that holds them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Values for weights that exist on ``meta`` alone: leaf by leaf, the same on one rank as on any number.
 
 A leaf (a module with parameters or buffers of its own) is built whole on the CPU under a seed made of the run's seed
-and
-the leaf's name, and each rank keeps its pieces of it. So no rank ever holds more than its pieces and one leaf.
+and the leaf's name, and each rank keeps its pieces of it. So no rank ever holds more than its pieces and one leaf.
 """
 
 from __future__ import annotations

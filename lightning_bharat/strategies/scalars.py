@@ -1,8 +1,7 @@
 """Parameters without dimensions, which FSDP2 can't divide: whole on every data rank, their gradients averaged.
 
 Between steps such a parameter is a replicated ``DTensor``, so that optimizers that handle many tensors at once see
-one kind
-of them; in a step it is the plain tensor that the person's code expects. Both share their memory.
+one kind of them; in a step it is the plain tensor that the person's code expects. Both share their memory.
 """
 
 from __future__ import annotations
