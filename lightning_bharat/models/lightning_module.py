@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,8 +38,8 @@ class GPTModule(L.LightningModule):
             ``lambda optimizer: WarmupCosine(optimizer, 100, 1000)``. A constant rate if None.
         weights: where to start from, see :func:`read_weights`: own checkpoints and exports, or Hugging Face's Llama.
         freeze: patterns of parameters that aren't trained, such as ``model.layers.0.*``.
-        lazy: build the model in ``configure_model``, on the device that the strategy asks for, in place of here: on
-            ``meta`` under ``"bharat_hybrid"``, so that no process ever holds all of it.
+        lazy: build the model in ``configure_model`` in place of here: on ``meta`` under ``"bharat_hybrid"``, so that no
+            process ever holds all of it.
 
     Raises:
         ValueError: a pattern in ``freeze`` fits no parameter.
@@ -78,7 +80,9 @@ class GPTModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):  # Lightning calls this for each of fit, validate, test and predict
-            self._build()
+            # A strategy with a mesh gives each rank its part of what is on meta.
+            with nullcontext() if self.device_mesh is None else torch.device("meta"):
+                self._build()
 
     def _build(self) -> None:
         self.model = GPT(self.config)

@@ -194,6 +194,7 @@ def loss_on_ranks(path: Path, **sizes: int) -> float:
     )
     batches = [{name: tensor[:1].repeat(4, 1) for name, tensor in batch().items()}] * 2  # the same for each rank
     fit.fit(module, DataLoader(batches, batch_size=None))
+    assert "weights: read from" in strategy.explain()
     return float(fit.callback_metrics["train_loss"])
 
 
