@@ -141,16 +141,16 @@ class ModelPlan:
 def _picture(cut: Cut) -> list[str]:
     names = [c.module + (f" ({' + '.join(map(str, c.parts))})" if len(c.parts) > 1 else "") for c in cut.columns]
     divided = f", divides {', '.join(cut.attributes)}" if cut.attributes else ""
-    width = max(map(len, names))
-    middle, rows = len(names) // 2, ", ".join(cut.rows)
-    said = f" ─▶ {rows}   {cut.units} {cut.unit}{divided}"
-    bars = [
-        "─" if len(names) == 1 else "┐" if i == 0 else "┘" if i == len(names) - 1 else "┤" for i in range(len(names))
-    ]
-    return [
-        f"{name:<{width}} {bars[i]}{said if i == (middle if len(names) > 2 else 0) else ''}"
-        for i, name in enumerate(names)
-    ]
+    said = f"─▶ {', '.join(cut.rows)}   {cut.units} {cut.unit}{divided}"
+    width, last = max(map(len, names)), len(names) - 1
+    middle = len(names) // 2 if len(names) > 2 else 0
+    lines = []
+    for i, name in enumerate(names):
+        bar = "─" if not last else "┐" if i == 0 else "┘" if i == last else "┤"
+        if i == middle:
+            bar = {"┐": "┬", "┤": "┼"}.get(bar, bar) + said
+        lines.append(f"{name:<{width}} {bar}")
+    return lines
 
 
 def _with_cut(name: str, outside: tuple[Cut, ...]) -> str:

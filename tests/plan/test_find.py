@@ -67,7 +67,7 @@ def test_a_model_on_meta_is_enough():
 def test_a_plan_survives_json_and_prints_a_picture():
     plan = plan_of(llama())
     assert ModelPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert "self_attn.k_proj ┤ ─▶ self_attn.o_proj   2 heads" in str(plan)
+    assert "self_attn.k_proj ┼─▶ self_attn.o_proj   2 heads" in str(plan)
 
 
 class GroupedFused(nn.Module):
