@@ -24,6 +24,7 @@ from lightning_bharat.checkpoints import (
 from lightning_bharat.checkpoints.document import STATE, as_plain
 from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import MANIFEST
+from lightning_bharat.checkpoints.opened import open_any
 from lightning_bharat.plan.layout import Layout
 from tests.checkpoints.cases import Case
 from tests.checkpoints.test_layouts import load_case, save_case
@@ -123,6 +124,13 @@ def test_no_pickle_inside_of_a_torch_file_is_run(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="could run code"):
         load(folder)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"seed_everything: 1\nmodel:\n", b"\x80\x02", bytes(range(256))], ids=str)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged, or "):
+        open_any(tmp_path / "config.yaml")
 
 
 def test_another_form_and_other_directories_are_refused(folder: Path) -> None:
