@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
@@ -15,6 +13,7 @@ from lightning_bharat.commands.project import BAD_PROJECT
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import size, table
 from lightning_bharat.plan.blocks import find_units
+from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank, optimizer_state
@@ -57,7 +56,7 @@ def describe(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> s
     plans, refused = _plans(trainer, module, devices)
     rows, notes = [], dict.fromkeys(refused)
     for tensor, plan in plans.items():
-        share = copy.deepcopy(module)
+        share = copy_module(module)
         share.trainer = trainer
         if tensor > 1:
             cut_module(share, plan, FirstOf(tensor))

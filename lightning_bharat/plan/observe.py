@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.blocks import PlanError, block_list, block_names, kinds_of
+from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.exchange import OnePeer
 from lightning_bharat.plan.vocabulary import VocabularyShard, watch_gathers
 
@@ -96,7 +97,7 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
             blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
-    return copy.deepcopy(module, memo)
+    return copy_module(module, memo)
 
 
 def vocabulary_heads(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:

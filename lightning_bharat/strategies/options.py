@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.strategies.memory import device_bytes, fitting_tensor_size
 from lightning_bharat.strategies.recompute import MODES
@@ -129,7 +129,7 @@ def _on_meta(module: nn.Module) -> nn.Module | None:
         return module
     try:
         with torch.device("meta"):
-            copy: Any = deepcopy(module)
+            copy: Any = copy_module(module)
             copy.configure_model()
         return copy
     except Exception:  # a person's code, that may ask for what is only there later

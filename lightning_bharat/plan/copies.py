@@ -1,0 +1,43 @@
+"""Copies of modules, for runs that must leave the module itself as it is."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_module(module: M, memo: dict[int, Any] | None = None) -> M:
+    """A deep copy; attributes that can't be copied are the module's own in it.
+
+    Those are locks and open files, and what holds one: a schedule's callable that LightningCLI made of a class path
+    refers to everything else that the command has built.
+
+    Args:
+        module: to copy.
+        memo: what stands for a part of it in the copy, by the part's ``id``, as for :func:`copy.deepcopy`.
+    """
+    known = memo or {}
+    try:
+        return deepcopy(module, dict(known))
+    except Exception:
+        values = [value for part in module.modules() for value in _attributes(part)]
+        shared = {id(value): value for value in values if not _copies(value, known)}
+        return deepcopy(module, {**shared, **known})
+
+
+def _attributes(part: nn.Module) -> list[Any]:
+    """What a copy of ``part`` alone is made of; a LightningModule leaves its trainer out."""
+    state = part.__reduce_ex__(4)[2]
+    return [value for name, value in state.items() if name not in ("_parameters", "_buffers", "_modules")]
+
+
+def _copies(value: Any, known: dict[int, Any]) -> bool:
+    try:
+        deepcopy(value, dict(known))
+    except Exception:
+        return False
+    return True
