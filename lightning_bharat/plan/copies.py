@@ -31,8 +31,8 @@ def copy_module(module: M, memo: dict[int, Any] | None = None) -> M:
 
 def _attributes(part: nn.Module) -> list[Any]:
     """What a copy of ``part`` alone is made of; a LightningModule leaves its trainer out."""
-    state = part.__reduce_ex__(4)[2]
-    return [value for name, value in state.items() if name not in ("_parameters", "_buffers", "_modules")]
+    reduced: Any = part.__reduce_ex__(4)  # how copy.deepcopy takes an object apart; its state is the third part
+    return [value for name, value in reduced[2].items() if name not in ("_parameters", "_buffers", "_modules")]
 
 
 def _copies(value: Any, known: dict[int, Any]) -> bool:
