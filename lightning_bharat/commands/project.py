@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple, instantiate_class
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeTuple,
+    SaveConfigCallback,
+    instantiate_class,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -43,6 +50,24 @@ class BadInput(Exception):
 BAD_PROJECT = (BadInput, LayoutError, PlanError, CheckpointError, DataError, MisconfigurationException)
 
 
+class SaveConfig(SaveConfigCallback):
+    """LightningCLI's, which never writes over a config; said in this command's options."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the config to the run's folder.
+
+        Raises:
+            BadInput: on all ranks: a config is there.
+        """
+        path = Path(trainer.log_dir or "", self.config_filename)
+        if not self.already_saved and trainer.strategy.broadcast(path.is_file()):
+            raise BadInput(
+                f"the config of this run would be written over {path}; write another folder, as in "
+                "--trainer.default_root_dir runs/2, or let a logger number the folders (--trainer.logger true)"
+            )
+        super().setup(trainer, pl_module, stage)
+
+
 class ProjectCLI(LightningCLI):
     """LightningCLI for any module and datamodule by class path.
 
@@ -52,7 +77,9 @@ class ProjectCLI(LightningCLI):
 
     def __init__(self, **kwargs: Any) -> None:
         register()
-        super().__init__(parser_class=ProjectParser, auto_configure_optimizers=False, **kwargs)
+        super().__init__(
+            parser_class=ProjectParser, save_config_callback=SaveConfig, auto_configure_optimizers=False, **kwargs
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words that :func:`lightning_bharat.cli.main` passed on."""

@@ -45,8 +45,17 @@ def test_all_four_with_a_checkpoint(project: Project) -> None:
     assert main(["fit", *project.classes, *words]) == 0
     (checkpoint,) = Path("run").rglob("*.ckpt")
     for command in ("validate", "test", "predict"):
-        Path("run/config.yaml").unlink()  # LightningCLI never writes over one
+        Path("run/config.yaml").unlink()  # it is never written over
         assert main([command, *project.classes, *words, "--ckpt_path", str(checkpoint)]) == 0
+
+
+def test_a_config_is_never_written_over(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("trainer:\n  max_epochs: 1\n")
+    words = ["fit", *project.classes, "--config", "config.yaml", *QUIET]
+    assert main(words) == 2
+    assert "written over" in capsys.readouterr().err
+    assert main([*words, "--trainer.default_root_dir=runs/2"]) == 0
+    assert Path("config.yaml").read_text() == "trainer:\n  max_epochs: 1\n" and Path("runs/2/config.yaml").is_file()
 
 
 def test_config_of_a_cli_with_fixed_classes(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
