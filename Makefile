@@ -31,8 +31,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.memory
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -1,0 +1,1 @@
+"""One script a claim: each measures this package and a peer in the same run and prints their ratio."""
