@@ -23,7 +23,7 @@ from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.options import Auto, Options
-from lightning_bharat.strategies.precision import across_ranks, total_norm
+from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation, refuse_callbacks
 from lightning_bharat.strategies.token_weights import TokenWeights
 
@@ -154,6 +154,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         # None stays None: Lightning takes a strategy's own plugin for the user's choice, above Trainer(precision=...)
         if precision_plugin is not None:
+            refuse_precision(precision_plugin)
             across_ranks(precision_plugin, self._groups_of, torch.device("cpu"))
         self._precision_plugin = precision_plugin
 

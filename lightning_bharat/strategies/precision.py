@@ -1,8 +1,7 @@
 """Gradients seen as one vector over all ranks: its norm, clipping, and a scaler that decides alike everywhere.
 
 Lightning's precision plugins stay what they are; :func:`across_ranks` gives one of them the methods that must look
-beyond
-this rank's pieces, so that an overridden ``configure_gradient_clipping`` goes through them too.
+beyond this rank's pieces, so that an overridden ``configure_gradient_clipping`` goes through them too.
 """
 
 from __future__ import annotations
@@ -13,7 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import (
+    BitsandbytesPrecision,
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    Precision,
+    TransformerEnginePrecision,
+    XLAPrecision,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
@@ -21,6 +28,7 @@ from torch.optim import Optimizer
 from lightning_bharat.strategies._torch import agree_after
 
 P = TypeVar("P", bound=Precision)
+_OF_OTHERS = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision, XLAPrecision)
 Groups = Callable[[Tensor], Iterable[dist.ProcessGroup]]
 
 
@@ -48,6 +56,19 @@ class AcrossRanks(Precision):
         for grads in _by_kind(self.main_params(optimizer)):
             torch._foreach_clamp_min_(grads, -clip_val)
             torch._foreach_clamp_max_(grads, clip_val)
+
+
+def refuse_precision(plugin: Precision) -> None:
+    """Raise for a plugin that leaves part of its work to another strategy, or that replaces a module's layers.
+
+    Raises:
+        MisconfigurationException: names the plugin and what to write.
+    """
+    if isinstance(plugin, _OF_OTHERS):
+        raise MisconfigurationException(
+            f"{type(plugin).__name__} does not work with bharat_hybrid; write Trainer(precision=...) with one of "
+            '"32-true", "64-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed"'
+        )
 
 
 def across_ranks(plugin: P, groups_of: Groups, device: torch.device) -> P:
