@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lightning_bharat.data.errors import DataError
 from lightning_bharat.data.folder import whole_or_nothing
@@ -20,6 +21,8 @@ from lightning_bharat.data.markup import html_strings, xml_strings
 REPORT = "report.json"
 FEWEST_WORDS = 5  # shorter strings are menu entries and headings, not prose
 APT_SECONDS = 180
+# Where a firewall swallows what is sent, each try would take minutes.
+PATIENCE = ("-o", "Acquire::http::Timeout=15", "-o", "Acquire::https::Timeout=15", "-o", "Acquire::Retries=1")
 PYTHON_LICENCE = "https://docs.python.org/3/license.html"
 
 
@@ -69,8 +72,9 @@ def fetch_corpus(folder: str | os.PathLike[str], packages: bool = True) -> Fetch
             report = Fetched()
             _add(unfinished, report, _python_topics())
             _python_licence(unfinished / "licences")
-            for package in PACKAGES if packages else ():
-                _add_package(unfinished, report, package)
+            with tempfile.TemporaryDirectory(prefix="bharat-fetch-") as scratch:
+                for package in PACKAGES if packages else ():
+                    _add_package(unfinished, report, package, Path(scratch))
             (unfinished / REPORT).write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
     except FileExistsError:
         return _read_report(folder / REPORT)  # another process was first
@@ -118,11 +122,14 @@ def _python_licence(folder: Path) -> None:
     )
 
 
+def _gnome_folder(language: str) -> str:
+    return "C" if language == "en" else language
+
+
 def _gnome_pages(root: Path) -> Iterator[Page]:
     help_pages = root / "usr/share/help"
     for language in LANGUAGES:
-        folder = help_pages / ("C" if language == "en" else language)
-        for file in _files(folder, "*.page"):
+        for file in _files(help_pages / _gnome_folder(language), "*.page"):
             try:
                 strings = xml_strings(file.read_bytes(), ("p", "title"))
             except DataError:
@@ -138,10 +145,20 @@ def _libreoffice_pages(root: Path) -> Iterator[Page]:
         yield _page("hi", "libreoffice-help-hi", file.relative_to(help_pages), strings)
 
 
-# Each Debian package that is read, and how. Both are translations, in part: the rest of a page is English.
-PACKAGES: dict[str, Callable[[Path], Iterator[Page]]] = {
-    "gnome-user-docs": _gnome_pages,
-    "libreoffice-help-hi": _libreoffice_pages,
+@dataclass(frozen=True)
+class Package:
+    """What is read of a Debian package: the files in these folders, by this function of where they were unpacked."""
+
+    folders: tuple[PurePosixPath, ...]
+    pages: Callable[[Path], Iterator[Page]]
+
+
+# Both are translations, in part: the rest of a page is English.
+PACKAGES = {
+    "gnome-user-docs": Package(
+        tuple(PurePosixPath("usr/share/help", _gnome_folder(language)) for language in LANGUAGES), _gnome_pages
+    ),
+    "libreoffice-help-hi": Package((PurePosixPath("usr/share/libreoffice/help/hi"),), _libreoffice_pages),
 }
 
 
@@ -151,32 +168,50 @@ def _page(language: str, source: str, page: Path, strings: list[str]) -> Page:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """Regular files below ``folder``: a link could point out of it, and what it points to is read anyway."""
-    return sorted(file for file in folder.rglob(pattern) if file.is_file() and not file.is_symlink())
+    return sorted(folder.rglob(pattern))
 
 
-def _add_package(folder: Path, report: Fetched, package: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="bharat-fetch-") as scratch:
-        try:
-            root = _unpack(package, Path(scratch))
-        except DataError as error:
-            report.missing.append(f"{package}: {error}")
-            return
-        _add(folder, report, PACKAGES[package](root))
-        licence = root / "usr/share/doc" / package / "copyright"
-        if licence.is_file() and not licence.is_symlink():
-            shutil.copyfile(licence, folder / "licences" / f"{package}.txt")
+def _add_package(folder: Path, report: Fetched, package: str, scratch: Path) -> None:
+    try:
+        root = _unpack(package, scratch)
+    except DataError as error:
+        report.missing.append(f"{package}: {error}")
+        return
+    _add(folder, report, PACKAGES[package].pages(root))
+    licence = root / _licence(package)
+    if licence.is_file():
+        shutil.copyfile(licence, folder / "licences" / f"{package}.txt")
+
+
+def _licence(package: str) -> PurePosixPath:
+    return PurePosixPath("usr/share/doc", package, "copyright")
 
 
 def _unpack(package: str, scratch: Path) -> Path:
-    """Download a package and unpack its files (no script of it is run); nothing is installed."""
+    """Download a package and unpack what is read of it (no script of it is run); nothing is installed."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise DataError(f"{tool} is not on this system; Debian and Ubuntu have it")
     archive = _download(package, scratch)
-    root = scratch / "root"
-    _run(["dpkg-deb", "-x", str(archive), str(root)], scratch)
+    root = scratch / package
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as unpacking:
+        try:
+            with tarfile.open(fileobj=unpacking.stdout, mode="r|") as files:
+                _extract(files, (*PACKAGES[package].folders, _licence(package)), root)
+        except tarfile.TarError as error:
+            raise DataError(f"{archive.name} is no archive that can be read ({error})") from error
     return root
+
+
+def _extract(files: tarfile.TarFile, wanted: tuple[PurePosixPath, ...], root: Path) -> None:
+    """Write the regular files at and below ``wanted``: a package has twenty times as many, and links out of it."""
+    for member in files:
+        path = PurePosixPath(member.name)
+        if member.isreg() and ".." not in path.parts and any(path.is_relative_to(folder) for folder in wanted):
+            content = files.extractfile(member)
+            assert content is not None  # it is None for what is no file
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(content.read())
 
 
 def _download(package: str, scratch: Path) -> Path:
@@ -184,19 +219,20 @@ def _download(package: str, scratch: Path) -> Path:
     own = scratch / "apt"
     lists = ["-o", f"Dir::State::Lists={own / 'lists'}", "-o", f"Dir::Cache={own / 'cache'}"]
     try:
-        _run(["apt-get", "download", package], scratch)
+        _run(["apt-get", *PATIENCE, "download", package], scratch)
     except DataError:
-        for part in ("lists/partial", "cache/archives/partial"):
-            (own / part).mkdir(parents=True)
         try:
-            _run(["apt-get", *lists, "update"], scratch)
-            _run(["apt-get", *lists, "download", package], scratch)
+            if not own.exists():  # else the package before this one has tried
+                for part in ("lists/partial", "cache/archives/partial"):
+                    (own / part).mkdir(parents=True)
+                _run(["apt-get", *PATIENCE, *lists, "update"], scratch)
+            _run(["apt-get", *PATIENCE, *lists, "download", package], scratch)
         except DataError as error:
             raise DataError(
                 f"{error}. Is the network there, and is a Debian or Ubuntu archive in /etc/apt/sources.list? "
                 "Then `sudo apt-get update` may help"
             ) from error
-    return next(scratch.glob("*.deb"))
+    return next(scratch.glob(f"{package}_*.deb"))
 
 
 def _run(command: list[str], folder: Path) -> None:
