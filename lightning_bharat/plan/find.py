@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lightning_bharat.plan.blocks import PlanError, block_list, block_names, kinds_of, single_block
@@ -23,6 +24,7 @@ def structural_plan(module: nn.Module) -> ModelPlan:
     return ModelPlan(block_list(module) or single_block(module), kinds, single=block_list(module) is None)
 
 
+@torch.random.fork_rng(devices=[])  # the run that is planned for starts from the random numbers it would have had
 def find_plan(
     module: nn.Module, step: Step, batch: Any, ranks: int = 2, plan: dict[str, str] | None = None
 ) -> ModelPlan:
@@ -179,7 +181,7 @@ def _vocabulary(
     """Cuts of heads and embeddings along the vocabulary, by its size; and what stays whole, with the reason."""
     groups: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
     for name in seen.heads:
-        if name in seen.order:
+        if name in seen.after:
             groups[cast(nn.Linear, module.get_submodule(name)).out_features][0].append(name)
     for name, child in module.named_modules():
         if isinstance(child, nn.Embedding) and child.num_embeddings in groups and name in seen.order:

@@ -61,6 +61,7 @@ class Observation:
         random: whether blocks draw random numbers in training.
         heads: names of linears after the blocks whose width is the vocabulary.
         gathers: functions that needed whole logits.
+        program: the functions called in blocks, in order, each with its block.
     """
 
     shell: nn.Module
@@ -75,6 +76,7 @@ class Observation:
     random: bool = False
     heads: tuple[str, ...] = ()
     gathers: list[str] = field(default_factory=list)
+    program: list[tuple[str, Callable]] = field(default_factory=list)
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     @property
@@ -119,7 +121,8 @@ def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Obs
     Args:
         module: real or on ``meta``; it is not changed.
         step: the training step; gets the copy and a batch of fake tensors.
-        batch: a batch as the loader gives it; two samples and a short sequence of it are used.
+        batch: a batch as the loader gives it; two samples and a short sequence of it are used where blocks do the same
+            with them.
         multiple: the short sequence's length is a multiple of this.
 
     Raises:
@@ -127,22 +130,21 @@ def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Obs
     """
     names = block_names(module)
     kinds = kinds_of([module.get_submodule(name) for name in names])
-    short = _shorten(batch, multiple)
     try:
-        return _observe(module, step, short, names, kinds)
+        whole = _observe(module, step, batch, names, kinds)
     except PlanError:
         raise
-    except Exception as short_failed:  # a fixed length is needed: the whole batch then
-        try:
-            return _observe(module, step, batch, names, kinds)
-        except PlanError:
-            raise
-        except Exception as error:
-            raise PlanError(
-                f"the training step could not be run on fake tensors: {type(error).__name__}: {error}. "
-                "A tensor cut is used only where one dry run of the step shows what it does: keep values out of "
-                "control flow in the step, or use tensor_parallel_size=1"
-            ) from short_failed
+    except Exception as error:
+        raise PlanError(
+            f"the training step could not be run on fake tensors: {type(error).__name__}: {error}. "
+            "A tensor cut is used only where one dry run of the step shows what it does: keep values out of "
+            "control flow in the step, or use tensor_parallel_size=1"
+        ) from error
+    try:
+        short = _observe(module, step, _shorten(batch, multiple), names, kinds)
+    except Exception:  # a fixed length is needed
+        return whole
+    return short if short.program == whole.program else whole
 
 
 def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], kinds: tuple[str, ...]) -> Observation:
@@ -158,10 +160,22 @@ def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], 
     seen.gathers = gathers
     ran = [name for name in names if name in seen.order]
     if len(ran) != len(names):
-        missing = next(name for name in names if name not in ran)
-        where = block_list(module) or "the model"
-        raise PlanError(f"block {missing!r} of {where!r} does not run in the training step; nothing is cut")
+        raise PlanError(_not_run(block_list(module), next(name for name in names if name not in ran)))
     return seen
+
+
+def _not_run(blocks: str | None, missing: str) -> str:
+    if blocks is None:
+        called = f"the training step does not call {missing!r}" if missing else "the training step is not in one module"
+        return (
+            f"nothing can be cut over tensor ranks: the model has no list of two or more blocks of one class, and "
+            f"{called}, which holds all parameters. Put the layers into one nn.Module that the step calls, or repeated "
+            "ones into an nn.ModuleList; or write tensor_parallel_size=1"
+        )
+    return (
+        f"nothing can be cut over tensor ranks: block {missing!r} of {blocks!r} does not run in the training step, so "
+        "it can't be known what it does. Call it, or write tensor_parallel_size=1"
+    )
 
 
 class _Watch(TorchFunctionMode):
@@ -253,6 +267,7 @@ class _Watch(TorchFunctionMode):
                 seen.between = seen.between or f"{resolve_name(func) or func} reads the output of {seen.names[i]}"
         if block is None:
             return
+        seen.program.append((block, func))
         if func is F.scaled_dot_product_attention:
             q, k = args[0], args[1] if len(args) > 1 else kwargs["key"]
             if q.ndim >= 3 and block not in seen.attention:

@@ -10,6 +10,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_bharat.plan.cut_modules import Flow
 from lightning_bharat.plan.exchange import Peers, Table, ThreadPeers
@@ -40,12 +42,22 @@ class Verdict:
 
 
 @dataclass
-class _Run:
+class _Pass:
+    """A forward and a backward pass."""
+
     outputs: list[Tensor]
-    evaluated: list[Tensor]
-    trained: list[Tensor]
     inputs: dict[str, Tensor]
     parameters: dict[str, Tensor]
+
+
+@dataclass
+class _Run:
+    """Passes in both modes, the buffers after training, and what evaluation returns without gradients."""
+
+    evaluation: _Pass
+    training: _Pass
+    buffers: dict[str, Tensor]
+    evaluated: list[Tensor]
 
 
 class Sample:
@@ -57,7 +69,15 @@ class Sample:
         self.block = _real_block(module.get_submodule(seen.names[seen.kinds.index(kind)]), generator)
         self.call = _real_call(seen.calls[kind], generator)
         self.seeds: list[Tensor] = []
+        self.differentiates_training = True
         self.whole = self._run(self.block)
+        if seen.random and not self._trains_alike_again():
+            self.differentiates_training = False
+            self.whole.training, self.whole.buffers = self._train(self.block)
+
+    def _trains_alike_again(self) -> bool:
+        """Not where a person's own recomputation of the block draws dropout's dice again, out of sight of any mode."""
+        return not self._gradients_differ([self._train(self.block)[0]], self.whole.training, {})
 
     def prove(self, cuts: Sequence[Cut], ranks: int, summed: Sequence[str] = (), divided: bool = False) -> Verdict:
         """Compare the cut block on ``ranks`` threads with the whole one."""
@@ -83,7 +103,7 @@ class Sample:
         if errors:
             first = next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
             return Verdict(f"{type(first).__name__}: {' '.join(str(first).split())[:200]}")
-        return self._compare([run for run in runs if run], blocks, divided)
+        return self._compare([run for run in runs if run])
 
     def _cut(self, cuts: Sequence[Cut], peers: Peers, summed: Sequence[str], divided: bool) -> nn.Module:
         memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in self.block.parameters()}
@@ -104,55 +124,93 @@ class Sample:
         return self.flow.divided
 
     def _run(self, block: nn.Module) -> _Run:
-        """In evaluation mode with gradients and without, and in training mode with its dropout off."""
-        calls = [copy.deepcopy(self.call) for _ in range(3)]
+        """In evaluation mode with gradients and without, and in training mode."""
         block.eval()
-        outputs = [o for o in _tensors(block, calls[0]) if o.requires_grad]
+        evaluation = self._pass(block)
+        with torch.no_grad():
+            # torch's own layers take another way here, if nothing watches
+            evaluated = _tensors(block, copy.deepcopy(self.call))
+        return _Run(evaluation, *self._train(block), evaluated)
+
+    def _train(self, block: nn.Module) -> tuple[_Pass, dict[str, Tensor]]:
+        """A pass in training mode with its dropout off, and the buffers after it; they are put back."""
+        before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+        block.train()
+        with _NoDropout():
+            training = self._pass(block, self.differentiates_training)
+        after = {name: buffer.clone() for name, buffer in block.named_buffers()}
+        for name, buffer in before.items():
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner)._buffers[leaf] = buffer
+        return training, after
+
+    def _pass(self, block: nn.Module, backward: bool = True) -> _Pass:
+        call = copy.deepcopy(self.call)
+        block.zero_grad()
+        outputs = [o for o in _tensors(block, call) if o.requires_grad]
         if not self.seeds:
             generator = torch.Generator().manual_seed(1)
             self.seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
-        torch.autograd.backward(outputs, [s.reshape(o.shape) for s, o in zip(self.seeds, outputs, strict=True)])
-        places = [*enumerate(calls[0].args), *calls[0].kwargs.items()]
-        with torch.no_grad():
-            evaluated = _tensors(block, calls[1])  # torch's own layers take another way here, if nothing watches
-            block.train()
-            with _NoDropout():
-                trained = _tensors(block, calls[2])
-        return _Run(
+        if backward:
+            with suppress(CheckpointError):  # see _trains_alike_again
+                torch.autograd.backward(outputs, [s.reshape(o.shape) for s, o in zip(self.seeds, outputs, strict=True)])
+        places = [*enumerate(call.args), *call.kwargs.items()]
+        return _Pass(
             outputs=[o.detach() for o in outputs],
-            evaluated=evaluated,
-            trained=trained,
             inputs={str(place): x.grad for place, x in places if isinstance(x, Tensor) and x.grad is not None},
             parameters={name: p.grad for name, p in block.named_parameters() if p.grad is not None},
         )
 
-    def _compare(self, runs: list[_Run], blocks: list[nn.Module], divided: bool) -> Verdict:
-        for what, mode in (("outputs", ""), ("evaluated", " in evaluation"), ("trained", " in training")):
-            for run in runs:
-                for i, (mine, whole) in enumerate(zip(getattr(run, what), getattr(self.whole, what), strict=True)):
-                    if (distance := _distance(mine, whole)) > TOLERANCE:
-                        return Verdict(f"output {i} differs{mode} by {distance:.1e} of its largest value")
-        for place, whole in self.whole.inputs.items():
-            worst = max(_distance(run.inputs.get(place), whole) for run in runs)
+    def _compare(self, runs: list[_Run]) -> Verdict:
+        summed: dict[str, None] = {}
+        for run in runs:
+            problem = (
+                _outputs_differ(run.evaluation.outputs, self.whole.evaluation.outputs)
+                or _outputs_differ(run.evaluated, self.whole.evaluated, " in evaluation")
+                or _outputs_differ(run.training.outputs, self.whole.training.outputs, " in training")
+            )
+            if problem:
+                return Verdict(problem)
+        problem = self._gradients_differ([run.evaluation for run in runs], self.whole.evaluation, summed)
+        problem = problem or self._gradients_differ([run.training for run in runs], self.whole.training, summed)
+        if problem:
+            return Verdict(problem)
+        for name, buffer in self.whole.buffers.items():
+            if max(_distance(run.buffers.get(name), buffer) for run in runs) > TOLERANCE:
+                return Verdict(f"the buffer {name} gets another value in training")
+        return Verdict("", tuple(summed))
+
+    def _gradients_differ(self, passes: list[_Pass], expected: _Pass, summed: dict[str, None]) -> str:
+        """What is wrong with gradients, or ""; adds to ``summed`` the whole parameters whose gradients are partial."""
+        for place, whole in expected.inputs.items():
+            worst = max(_distance(p.inputs.get(place), whole) for p in passes)
             if worst > TOLERANCE:
-                return Verdict(f"the gradient of input {place!r} differs by {worst:.1e}")
-        summed = []
-        for name, whole in self.whole.parameters.items():
-            grads = [run.parameters.get(name) for run in runs]
-            cut = self.slices.get(f"block.{name}")
+                return f"the gradient of input {place!r} differs by {worst:.1e}"
+        for name, whole in expected.parameters.items():
+            grads = [p.parameters.get(name) for p in passes]
+            cut = self.slices.get(f"block.{name}") if len(passes) > 1 else None
             if cut is not None:
                 parts = [g if g is not None else torch.zeros(()) for g in grads]
                 if any(p.shape != parts[0].shape for p in parts):
-                    return Verdict(f"the gradient of {name} has another shape on each rank")
+                    return f"the gradient of {name} has another shape on each rank"
                 grads = [cut.join(parts)]
-            if max(_distance(g, whole) for g in grads) <= TOLERANCE:
+            if (worst := max(_distance(g, whole) for g in grads)) <= TOLERANCE:
                 continue
             total = sum(g for g in grads if g is not None)
             if cut is None and isinstance(total, Tensor) and _distance(total, whole) <= TOLERANCE:
-                summed.append(name)
+                summed[name] = None
                 continue
-            return Verdict(f"the gradient of {name} differs by {max(_distance(g, whole) for g in grads):.1e}")
-        return Verdict("", tuple(summed))
+            return f"the gradient of {name} differs by {worst:.1e}"
+        return ""
+
+
+def _outputs_differ(found: list[Tensor], expected: list[Tensor], mode: str = "") -> str:
+    if len(found) != len(expected):
+        return f"it returns {len(found)} tensors{mode} and not {len(expected)}"
+    for i, (mine, whole) in enumerate(zip(found, expected, strict=True)):
+        if (distance := _distance(mine, whole)) > TOLERANCE:
+            return f"output {i} differs{mode} by {distance:.1e} of its largest value"
+    return ""
 
 
 def _tensors(block: nn.Module, call: Call) -> list[Tensor]:
@@ -164,6 +222,7 @@ def _distance(x: Tensor | None, whole: Tensor) -> float:
     """Largest difference, relative to the largest value of ``whole``; infinite for another shape or NaN."""
     if x is None or x.shape != whole.shape:
         return float("inf")
+    x, whole = (t if t.is_floating_point() else t.double() for t in (x, whole))
     scale = whole.abs().max().clamp_min(1e-30) if whole.numel() else torch.ones(())
     distance = float((x - whole).abs().max() / scale) if whole.numel() else 0.0
     return distance if distance == distance else float("inf")
