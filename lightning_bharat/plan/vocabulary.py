@@ -144,7 +144,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         probability, inside, mine, valid = ctx.saved_tensors
         out = probability - ctx.smoothing / ctx.vocabulary
-        out.scatter_add_(1, inside[:, None], ((ctx.smoothing - 1) * mine).to(out.dtype)[:, None])
+        out.scatter_add_(1, inside[:, None], (ctx.smoothing - 1) * mine.to(out.dtype)[:, None])
         return out * (grad * valid)[:, None], None, None, None, None
 
 

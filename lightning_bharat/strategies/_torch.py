@@ -119,3 +119,9 @@ def agree_after(scaler: torch.amp.GradScaler, agree: Callable[[list[Tensor]], No
 def default_store() -> Store:
     """The store of the default process group."""
     return _get_default_store()
+
+
+def is_recomputed() -> bool:
+    """Whether ``torch.utils.checkpoint`` is going to compute again, in the backward pass, what is computed now."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")

@@ -24,8 +24,8 @@ from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.options import Auto, Options
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
-from lightning_bharat.strategies.preparation import Preparation, refuse_callbacks
-from lightning_bharat.strategies.token_weights import TokenWeights
+from lightning_bharat.strategies.preparation import Preparation
+from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
 
 
 class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
@@ -129,6 +129,11 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
+            if self._tokens and len(self.optimizers) > 1:
+                raise TokenWeightError(
+                    f"token_weighted=True weighs the gradients of one optimizer, and configure_optimizers returns "
+                    f"{len(self.optimizers)}; write token_weighted=False and weigh losses in the step"
+                )
             for optimizer in self.optimizers:
                 self._prepared.watch(optimizer)
 
@@ -181,7 +186,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         if self._tokens:
             module = self._module()
-            divided_by = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+            divided_by = module.trainer.accumulate_grad_batches if module.automatic_optimization else None
             # Not the module's: those outside of blocks are gathered now, and their gradients are not on them.
             stepped = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
             closure_loss = self._tokens.weigh(closure_loss, divided_by, stepped)

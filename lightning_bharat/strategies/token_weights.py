@@ -8,15 +8,18 @@ ranks since the last optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_bharat.strategies._torch import is_recomputed
 from lightning_bharat.strategies.data import local
 
 
@@ -25,11 +28,15 @@ class TokenWeightError(ValueError):
 
 
 class _Watch(TorchFunctionMode):
-    """Computes mean losses over labels as sum / count, and keeps the counts. Without any valid label the loss is 0."""
+    """Computes mean losses over labels as sum / count, and keeps both. Without any valid label the loss is 0.
+
+    Attributes:
+        counts: with the node of the loss in autograd's graph, the number of labels that it is a mean over.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: list[Tensor] = []
+        self.counts: list[tuple[Node, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -43,13 +50,20 @@ class _Watch(TorchFunctionMode):
         called = names(*args, **kwargs)
         if called["reduction"] != "mean" or called.get("reduce") is False or called.get("size_average") is False:
             return func(*args, **kwargs)
+        if is_recomputed():
+            raise TokenWeightError(
+                f"token_weighted=True counts labels in {func.__name__}, and can't in one that torch.utils.checkpoint "
+                "computes again; call it outside of checkpoint(...), or write token_weighted=False and weigh losses in "
+                "the step"
+            )
         count = _count(called["input"], called["target"], called["weight"], called["ignore_index"])
-        self.counts.append(count.detach())
-        losses = func(
-            **{k: v for k, v in called.items() if k not in ("size_average", "reduce")} | {"reduction": "none"}
-        )
+        summed = {"size_average", "reduce", "reduction"}
+        losses = func(**{name: value for name, value in called.items() if name not in summed}, reduction="none")
         wide = torch.promote_types(losses.dtype, torch.float32)
-        return (losses.sum(dtype=wide) / count.to(wide).clamp(min=torch.finfo(wide).tiny)).to(losses.dtype)
+        mean = (losses.sum(dtype=wide) / count.to(wide).clamp(min=torch.finfo(wide).tiny)).to(losses.dtype)
+        if mean.grad_fn is not None:
+            self.counts.append((mean.grad_fn, count.detach()))
+        return mean
 
 
 def _cross_entropy_arguments(
@@ -88,6 +102,26 @@ def _count(input: Tensor, target: Tensor, weight: Tensor | None, ignore: int) ->
     return (weight[target.masked_fill(~valid, 0)] * valid).sum(dtype=torch.float64)
 
 
+# What autograd calls the functions that leave a multiple of a number a multiple of it.
+_MULTIPLES = re.compile(
+    "(Mul|Div|Neg|Add|Sub|ToCopy|Clone|View|UnsafeView|Alias|Squeeze|Unsqueeze|Reshape|Expand|Sum|Mean)"
+    r"(Alias)?Backward\d*"
+)
+
+
+def _reached(loss: Tensor, nodes: Collection[Node]) -> Node | None:
+    """Of ``nodes`` the one of which ``loss`` is a constant multiple (plus a constant); ``None`` if it is none's."""
+    here = loss.grad_fn
+    while here is not None and here not in nodes:
+        ahead = [node for node, _ in here.next_functions]
+        varying = [node for node in ahead if node is not None]
+        inverse = here.name().startswith("Div") and ahead[0] is None
+        if len(varying) != 1 or inverse or not _MULTIPLES.fullmatch(here.name()):
+            return None
+        here = varying[0]
+    return here
+
+
 class TokenWeights:
     """Weighs losses and gradients of one accumulation window after another.
 
@@ -97,62 +131,68 @@ class TokenWeights:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self._count: Tensor | None = None
+        self._counts: list[tuple[Node, Tensor]] = []
+        self._weighed = False  # whether this step's loss was
         self._seen: Tensor | None = None  # labels of this window in earlier backward passes, over all data ranks
+        self._passes = 0  # backward passes in this window
 
     def watch(self, step: Callable[[], Any]) -> Any:
-        """Call ``step``, a training step.
+        """Call ``step``, a training step; it may differentiate its losses itself.
 
         Returns:
             What it returns; its loss stays the mean over this rank's labels.
-
-        Raises:
-            TokenWeightError: it does not call a mean ``cross_entropy`` (or ``nll_loss``) exactly once.
         """
         watch = _Watch()
+        self._counts, self._weighed = watch.counts, False
         with watch:
-            out = step()
-        if out is not None and len(watch.counts) != 1:
-            raise TokenWeightError(
-                "token_weighted=True: the training step calls cross_entropy(reduction='mean') "
-                f"{len(watch.counts)} times, and it must call it exactly once: labels are counted there. Compute the "
-                "loss of a batch in one call, or write token_weighted=False and weigh it in the step"
-            )
-        self._count = watch.counts[0] if watch.counts else None
-        return out
+            return step()
 
     @torch.no_grad()
-    def weigh(self, loss: Tensor, divided_by: int, parameters: Iterable[Tensor]) -> Tensor:
+    def weigh(self, loss: Tensor, divided_by: int | None, parameters: Iterable[Tensor]) -> Tensor:
         """Before a backward pass: rescale the gradients that are there, and return ``loss`` with its weight.
 
         Args:
             loss: of this rank's batch, divided by ``divided_by``.
-            divided_by: Lightning's 1 / accumulate_grad_batches, which is undone.
+            divided_by: Lightning's 1 / accumulate_grad_batches, which is undone. ``None``: the step differentiates its
+                losses itself, and the sum over a window's passes stays a sum, of as many equal means.
             parameters: whose gradients the pass adds to; averaged over the data ranks.
 
         Raises:
-            TokenWeightError: there was no training step since the last pass.
+            TokenWeightError: ``loss`` is not the mean over labels of a ``cross_entropy`` in this step, or not the first
+                that the step differentiates.
         """
-        if self._count is None:
-            raise TokenWeightError(
-                "token_weighted=True: a second backward pass in one training step; "
-                "write token_weighted=False and weigh the losses in the step"
-            )
-        mine, self._count = self._count, None
+        mine = self._count_of(loss)
         everyone = mine.clone()
         dist.all_reduce(everyone, group=self.group)
         grads = [local(p.grad) for p in parameters if p.grad is not None]
-        seen = self._seen if grads else None
-        total = everyone if seen is None else seen + everyone
-        safe = total.clamp(min=torch.finfo(total.dtype).tiny)
-        if seen is not None:
-            share = seen / safe
+        if not grads or self._seen is None:
+            self._seen, self._passes = torch.zeros_like(everyone), 0
+        total = self._seen + everyone
+        per_label = 1 / total.clamp(min=torch.finfo(total.dtype).tiny)
+        if self._passes:
+            more = 1.0 if divided_by else (self._passes + 1) / self._passes
+            share = self._seen * per_label * more
             for grad in grads:
                 grad.mul_(share.to(grad.dtype))
-        self._seen = total
-        weight = mine * dist.get_world_size(self.group) * divided_by / safe
+        self._seen, self._passes = total, self._passes + 1
+        weight = mine * dist.get_world_size(self.group) * (divided_by or self._passes) * per_label
         with torch.enable_grad():
             return loss * weight.to(loss.dtype)
+
+    def _count_of(self, loss: Tensor) -> Tensor:
+        counts = dict(self._counts)
+        node = _reached(loss, counts)
+        if self._weighed or node is None:
+            found = "its loss is not a multiple of that" if counts else "there is none"
+            if self._weighed:
+                found = "this is the step's second backward pass"
+            raise TokenWeightError(
+                "token_weighted=True counts labels where the training step calls cross_entropy or nll_loss with "
+                f"reduction='mean', and {found}. Differentiate one such mean in a step (times a constant), without "
+                "other terms, or write token_weighted=False and weigh losses in the step"
+            )
+        self._weighed = True
+        return counts[node]
 
     def stepped(self) -> None:
         """An optimizer stepped: a new window begins."""
