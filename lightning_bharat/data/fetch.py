@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -20,9 +21,9 @@ from lightning_bharat.data.markup import html_strings, xml_strings
 
 REPORT = "report.json"
 FEWEST_WORDS = 5  # shorter strings are menu entries and headings, not prose
-APT_SECONDS = 180
-# Where a firewall swallows what is sent, each try would take minutes.
-PATIENCE = ("-o", "Acquire::http::Timeout=15", "-o", "Acquire::https::Timeout=15", "-o", "Acquire::Retries=1")
+# Where a firewall swallows what is sent, apt-get by itself tries for many minutes.
+APT_SECONDS, UPDATE_SECONDS = 120, 60
+PATIENCE = ("-o", "Acquire::http::Timeout=15", "-o", "Acquire::https::Timeout=15", "-o", "Acquire::Retries=0")
 PYTHON_LICENCE = "https://docs.python.org/3/license.html"
 
 
@@ -220,14 +221,15 @@ def _download(package: str, scratch: Path) -> Path:
     lists = ["-o", f"Dir::State::Lists={own / 'lists'}", "-o", f"Dir::Cache={own / 'cache'}"]
     try:
         _run(["apt-get", *PATIENCE, "download", package], scratch)
-    except DataError:
+    except DataError as error:
+        if not own.exists():  # else the package before this one has tried
+            for part in ("lists/partial", "cache/archives/partial"):
+                (own / part).mkdir(parents=True)
+            with suppress(DataError):
+                _run(["apt-get", *PATIENCE, *lists, "update"], scratch, UPDATE_SECONDS)
         try:
-            if not own.exists():  # else the package before this one has tried
-                for part in ("lists/partial", "cache/archives/partial"):
-                    (own / part).mkdir(parents=True)
-                _run(["apt-get", *PATIENCE, *lists, "update"], scratch)
             _run(["apt-get", *PATIENCE, *lists, "download", package], scratch)
-        except DataError as error:
+        except DataError:
             raise DataError(
                 f"{error}. Is the network there, and is a Debian or Ubuntu archive in /etc/apt/sources.list? "
                 "Then `sudo apt-get update` may help"
@@ -235,14 +237,15 @@ def _download(package: str, scratch: Path) -> Path:
     return next(scratch.glob(f"{package}_*.deb"))
 
 
-def _run(command: list[str], folder: Path) -> None:
+def _run(command: list[str], folder: Path, seconds: float = APT_SECONDS) -> None:
     environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    short = " ".join(command[:1] + command[-2:])  # the options in between are long
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=APT_SECONDS, check=False
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise DataError(f"`{' '.join(command)}` took longer than {APT_SECONDS} s") from error
+        raise DataError(f"`{short}` took longer than {seconds:g} s") from error
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith(("E:", "Err", "dpkg"))]
-        raise DataError(f"`{' '.join(command[:1] + command[-2:])}` failed ({'; '.join(errors) or done.stderr.strip()})")
+        raise DataError(f"`{short}` failed ({'; '.join(errors) or done.stderr.strip()})")
