@@ -27,6 +27,8 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         self.choices: dict[str, str] = {}
         self._layout: Layout | None = None
         self._mesh: DeviceMesh | None = None
+        self._data_group: dist.ProcessGroup | None = None
+        self._tensor_group: dist.ProcessGroup | None = None
 
     @property
     def is_distributed(self) -> bool:
@@ -56,12 +58,12 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
     @property
     def data_group(self) -> dist.ProcessGroup:  # type: ignore[override]
         """The ranks that hold other batches and the same tensor pieces."""
-        return self.device_mesh.get_group("data_parallel")
+        return _known(self._data_group, "group of data ranks")
 
     @property
     def tensor_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same batch and other tensor pieces; ``None`` if this is the only one."""
-        return self.device_mesh.get_group("tensor_parallel") if self.layout.tensor > 1 else None
+        return self._tensor_group if self.layout.tensor > 1 else None
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -100,6 +102,9 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
                 self.world_size, self.num_processes, module, self.root_device, self.choices
             )
             self._mesh = self._layout.mesh(self.root_device.type)
+            # Kept: each step asks for them, once a parameter, and a mesh looks them up by name.
+            self._data_group = self._mesh.get_group("data_parallel")
+            self._tensor_group = self._mesh.get_group("tensor_parallel")
 
     def teardown(self) -> None:
         """Ends nothing that a next run needs: the module stays cut, the process group connected."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ from lightning.pytorch.plugins.precision import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
 from lightning_bharat.strategies._torch import agree_after
@@ -30,6 +32,8 @@ from lightning_bharat.strategies._torch import agree_after
 P = TypeVar("P", bound=Precision)
 _OF_OTHERS = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision, XLAPrecision)
 Groups = Callable[[Tensor], Iterable[dist.ProcessGroup]]
+# By mesh and placements, the groups over which gradients there are divided: a mesh takes long to look one up.
+_Divided: TypeAlias = dict[tuple[DeviceMesh, tuple[Placement, ...]], list[dist.ProcessGroup]]
 
 
 class AcrossRanks(Precision):
@@ -43,6 +47,7 @@ class AcrossRanks(Precision):
     groups_of: Groups
     norm_device: torch.device
 
+    @torch.no_grad()
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Scale the gradients of ``optimizer`` so that their norm over all ranks is at most ``clip_val``."""
         parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
@@ -51,6 +56,7 @@ class AcrossRanks(Precision):
         for grads in _by_kind(parameters):
             torch._foreach_mul_(grads, scale.to(grads[0]))
 
+    @torch.no_grad()
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clamp each gradient of ``optimizer`` to [-clip_val, clip_val]."""
         for grads in _by_kind(self.main_params(optimizer)):
@@ -101,14 +107,14 @@ def total_norm(
     Returns:
         0-dimensional, in float32, or float64 where a gradient is.
     """
-    parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    parts: dict[frozenset[dist.ProcessGroup], list[Tensor]] = {}
+    known: _Divided = {}
     dtype = torch.float32
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        grad, groups = _local(parameter.grad)
-        key = tuple(sorted({*groups, *groups_of(parameter)}, key=lambda group: group.group_name))
-        parts.setdefault(key, []).append(grad)
+        grad, groups = _local(parameter.grad, known)
+        parts.setdefault(frozenset((*groups, *groups_of(parameter))), []).append(grad)
         dtype = torch.promote_types(dtype, grad.dtype)
     device = device or torch.device("cpu")
     sums = {key: _sum_of_powers(grads, norm_type, dtype, device) for key, grads in parts.items()}
@@ -132,15 +138,18 @@ def _sum_of_powers(grads: list[Tensor], norm_type: float, dtype: torch.dtype, de
     return norms.amax() if norm_type == inf else norms.pow(norm_type).sum()
 
 
-def _local(grad: Tensor) -> tuple[Tensor, list[dist.ProcessGroup]]:
+def _local(grad: Tensor, known: _Divided) -> tuple[Tensor, list[dist.ProcessGroup]]:
     """This rank's piece of a gradient, and the groups over which its mesh divides it."""
     if not isinstance(grad, DTensor):
         return grad, []
     if any(isinstance(placement, Partial) for placement in grad.placements):
         whole = [Replicate() if isinstance(placement, Partial) else placement for placement in grad.placements]
         grad = grad.redistribute(grad.device_mesh, whole)
-    divided = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
-    return grad.to_local(), [grad.device_mesh.get_group(axis) for axis in divided]
+    where = grad.device_mesh, tuple(grad.placements)
+    if where not in known:
+        divided = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
+        known[where] = [grad.device_mesh.get_group(axis) for axis in divided]
+    return grad.to_local(), known[where]
 
 
 def _by_kind(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
