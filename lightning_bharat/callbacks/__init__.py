@@ -1,0 +1,5 @@
+"""What plugs into a Trainer: one callback a file."""
+
+from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+
+__all__ = ["EMAWeightAveraging", "WeightAveraging"]

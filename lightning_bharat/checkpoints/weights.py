@@ -19,6 +19,13 @@ Slices = Mapping[str, TensorSlice]
 SHOWN = 8  # names in an error
 
 
+class LikeWeights(dict[str, Any]):
+    """Tensors by the module's names that lie as its weights do: each rank has the part that it has of the weight.
+
+    :func:`with_shares` finds them anywhere in a checkpoint; a plain dict of them would be taken for whole tensors.
+    """
+
+
 def parameter_names(module: nn.Module) -> dict[int, str]:
     """Full name of each parameter by its ``id``; the first name of tied ones."""
     for unit in module.modules():
@@ -65,15 +72,29 @@ def as_shares(state: Mapping[str, Any], module: nn.Module, slices: Slices, first
     return shares
 
 
-def whole_state(module: nn.Module, slices: Slices, tensor_group: ProcessGroup | None, keep: bool) -> dict[str, Any]:
-    """The module's ``state_dict`` gathered tensor by tensor to host memory; ``{}`` where not ``keep``.
+def with_shares(tree: Any, module: nn.Module, slices: Slices, first_replica: bool) -> Any:
+    """``tree`` with :func:`as_shares` of each :class:`LikeWeights` in it."""
+    if isinstance(tree, LikeWeights):
+        return as_shares(tree, module, slices, first_replica)
+    if isinstance(tree, Mapping):
+        return {key: with_shares(value, module, slices, first_replica) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(with_shares(value, module, slices, first_replica) for value in tree)
+    return tree
+
+
+def whole_state(
+    module: nn.Module, slices: Slices, tensor_group: ProcessGroup | None, keep: bool, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``state`` (the module's, or one that lies like it) gathered tensor by tensor to host memory; ``{}`` where not
+    ``keep``.
 
     Tied weights are gathered once and stay one tensor. All ranks must call it.
     """
     parameter_names(module)
     firsts = first_names(module)
     found: dict[str, Any] = {}
-    for name, value in module.state_dict().items():
+    for name, value in state.items():
         first = firsts.get(name, name)
         if first in found or (not keep and first != name):
             found[name] = found.get(first)

@@ -20,6 +20,8 @@ from lightning_bharat.checkpoints.share import Share
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 T = TypeVar("T")
+# What a directory stores tensor by tensor; "current_model_state" is Lightning's key for weights beside their averages.
+WEIGHTS = ("state_dict", "current_model_state", "optimizer_states")
 
 
 def export(
@@ -100,8 +102,7 @@ def convert(checkpoint: Path, out: Path, *, overwrite: bool = False) -> None:
         plain.write(directory.local_path(out), {**content, FORMAT: about})
         return
     content = {
-        key: _map(value, Tensor, _sharing_once()) if key in ("state_dict", "optimizer_states") else value
-        for key, value in found.content.items()
+        key: _map(value, Tensor, _sharing_once()) if key in WEIGHTS else value for key, value in found.content.items()
     }
     stored.save(directory.local_path(out), content, Manifest(**about) if about else Manifest.of(content))
 

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
 )
 from lightning.fabric.utilities.init import _materialize_distributed_module
-from lightning.pytorch.callbacks import Callback, ModelSummary, ThroughputMonitor
+from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_summary import summarize
@@ -56,14 +56,6 @@ def all_gather(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
 def set_device(module: nn.Module, device: torch.device) -> None:
     """Make ``module.device`` say ``device``, without moving anything."""
     _update_properties(module, device=device)
-
-
-def is_averaging(callback: Callback) -> bool:
-    """Whether it is one of Lightning's callbacks that copy the module before a strategy cuts it."""
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-    from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
-
-    return isinstance(callback, (StochasticWeightAveraging, WeightAveraging))
 
 
 def use_no_grad(trainer: pl.Trainer) -> None:

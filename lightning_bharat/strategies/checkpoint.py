@@ -57,12 +57,19 @@ class ShardedCheckpoints(_Base):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state: this rank's parts, or (plain ``.ckpt``) the whole on rank 0 and ``{}`` elsewhere."""
-        module = self._module()
-        if not self.save_distributed_checkpoint:
-            return weights.whole_state(module, self.slices, self.tensor_group, keep=self.is_global_zero)
-        weights.parameter_names(module)
-        return module.state_dict()
+        """The module's state, as :meth:`in_checkpoint` makes it."""
+        weights.parameter_names(self._module())
+        return self.in_checkpoint(self._module().state_dict())
+
+    def in_checkpoint(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """``state`` (tensors by the module's names, each of which lies as that weight does: averages, for instance) in
+        the form that may stand anywhere in a checkpoint, also in what a callback's ``state_dict`` returns.
+
+        That is this rank's parts, or (plain ``.ckpt``) the whole on rank 0, ``{}`` elsewhere. All ranks must call it.
+        """
+        if self.save_distributed_checkpoint:
+            return weights.LikeWeights(state)
+        return weights.whole_state(self._module(), self.slices, self.tensor_group, self.is_global_zero, state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state by names, this rank's parts; or (plain ``.ckpt``) torch's own form on rank 0."""
@@ -88,8 +95,9 @@ class ShardedCheckpoints(_Base):
         manifest = Manifest.of(checkpoint, self.layout, self.plan, module)
         checkpoint = with_positions(checkpoint, self.layout)
         if self.save_distributed_checkpoint:
-            state = weights.as_shares(checkpoint["state_dict"], module, self.slices, self._is_first_replica())
-            stored.save(path, {**checkpoint, "state_dict": state}, manifest)
+            state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
+            content = {**checkpoint, "state_dict": state}
+            stored.save(path, weights.with_shares(content, module, self.slices, self._is_first_replica()), manifest)
         else:
             on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies.callbacks import refuse_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
@@ -106,6 +107,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
         ConnectedStrategy.setup_environment(self)
         self.watch_errors()
         module = self._module()
+        refuse_callbacks(module.trainer, self.world_size)
         self.arrange_ranks(module)
         assert self.watch is not None
         self.watch.rank_name = self.layout.name
@@ -116,7 +118,6 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module = self._module()
-        refuse_callbacks(trainer, self.layout)
         _lightning.use_no_grad(trainer)
         if self._prepared is None or self._prepared.module is not module:
             self._prepared = Preparation(self, trainer, module)

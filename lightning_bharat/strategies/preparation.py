@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -16,7 +15,6 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_bharat.plan.blocks import find_units
-from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, planning
@@ -28,21 +26,6 @@ from lightning_bharat.strategies.tensor import cut_module
 
 if TYPE_CHECKING:
     from lightning_bharat.strategies.hybrid import HybridStrategy
-
-
-def refuse_callbacks(trainer: pl.Trainer, layout: Layout) -> None:
-    """Raise for callbacks that have copied the module before it is cut.
-
-    Raises:
-        MisconfigurationException: names the callback and ours.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if layout.devices > 1 and _lightning.is_averaging(callback):
-            raise MisconfigurationException(
-                f"{type(callback).__name__} averages a copy of the whole module, and bharat_hybrid cuts it over "
-                f"{layout.devices} ranks; leave the callback out: averaging of each "
-                "rank's pieces is not in this version"
-            )
 
 
 class Preparation:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_bharat.checkpoints import commands
+from lightning_bharat.commands import checkpoint as commands
 from tests.ranks import run_ranks
 
 STEPS = 3

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from lightning_bharat.checkpoints import commands
+from lightning_bharat.commands import checkpoint as commands
 from lightning_bharat.plan.layout import Layout
 from tests.ranks import RanksFailed, run_ranks
 
