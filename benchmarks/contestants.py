@@ -51,13 +51,15 @@ class ByTrainer:
 
     Attributes:
         losses: of each step.
+        callbacks: the Trainer's.
     """
 
     def __init__(
-        self, config: GPTConfig, layout: Layout, strategy: Strategy, kind: type[GPTModule] = GPTModule
+        self, config: GPTConfig, layout: Layout, strategy: Strategy | str, kind: type[GPTModule] = GPTModule
     ) -> None:
         self.config, self.layout, self.strategy, self.kind = config, layout, strategy, kind
         self.losses: list[Tensor] = []
+        self.callbacks: list[L.Callback] = [_KeepLosses(self.losses)]
 
     def __call__(self, batches: Iterable[Batch]) -> None:
         L.seed_everything(SEED, verbose=False)
@@ -67,7 +69,7 @@ class ByTrainer:
             devices=self.layout.devices,
             max_epochs=1,
             gradient_clip_val=CLIP,
-            callbacks=_KeepLosses(self.losses),
+            callbacks=self.callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
