@@ -8,12 +8,15 @@ in the middle (manual optimization) and read weights without calling the module 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -114,6 +117,13 @@ def agree_after(scaler: torch.amp.GradScaler, agree: Callable[[list[Tensor]], No
         scaler.unscale_ = wrap(scaler.unscale_)  # type: ignore[method-assign]
         scaler._check_inf_per_device = wrap(scaler._check_inf_per_device)  # type: ignore[method-assign]
         scaler._agrees = True  # type: ignore[attr-defined]
+
+
+def set_timeout(mesh: DeviceMesh, timeout: timedelta | None) -> None:
+    """Give the groups of ``mesh``, which begin with torch's default, this time-out of collectives."""
+    set_of_group: Callable = getattr(dist, "set_timeout", _set_pg_timeout)  # public since torch 2.14
+    for axis in range(mesh.ndim if timeout is not None else 0):
+        set_of_group(timeout, mesh.get_group(axis))
 
 
 def default_store() -> Store:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies._torch import set_timeout
 from lightning_bharat.strategies.collectives import Collectives
 from lightning_bharat.strategies.options import Options
 
@@ -102,6 +103,7 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
                 self.world_size, self.num_processes, module, self.root_device, self.choices
             )
             self._mesh = self._layout.mesh(self.root_device.type)
+            set_timeout(self._mesh, self.options.timeout)
             # Kept: each step asks for them, once a parameter, and a mesh looks them up by name.
             self._data_group = self._mesh.get_group("data_parallel")
             self._tensor_group = self._mesh.get_group("tensor_parallel")

@@ -18,6 +18,7 @@ from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, planning
+from lightning_bharat.strategies._torch import set_timeout
 from lightning_bharat.strategies.agreement import agree_on_weights
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
@@ -103,7 +104,9 @@ class Preparation:
         if layout.replicate > 1:
             shape = (layout.replicate, layout.data // layout.replicate, layout.tensor)
             names = ("replicate", "shard", "tensor_parallel")
-            mesh = init_device_mesh(strategy.root_device.type, shape, mesh_dim_names=names)["replicate", "shard"]
+            every = init_device_mesh(strategy.root_device.type, shape, mesh_dim_names=names)
+            set_timeout(every, strategy.options.timeout)
+            mesh = every["replicate", "shard"]
         options = strategy.options
         self._shards = DataShards(self.module, mesh, units, options.reshard_after_forward, options.offload)
         what = f"{len(units)} blocks one at a time, the rest for a whole step" if units else "the whole module at once"

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bharat import HybridStrategy
 from lightning_bharat.cluster.outcome import RankOutcome
+from lightning_bharat.models import GPTConfig, GPTModule
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.errors import ErrorWatch, PeerError
 from lightning_bharat.strategies.liveness import watched_ranks
@@ -25,6 +26,14 @@ from tests.ranks import fresh_ranks, run_ranks, server, torchrun
 
 WORDS = "-".join(["bad", "apple"])  # never in a source line, so that each occurrence in an output was printed
 LIMIT = 10  # seconds from the error to the end of the last rank
+
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class WatchedDDP(EndsTogether, DDPStrategy):
@@ -131,10 +140,7 @@ def trainer(*callbacks: L.Callback, strategy: str = "ddp") -> L.Trainer:
         devices=int(os.environ.get("WORLD_SIZE", 2)),
         max_steps=4,
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[AtStart(), *callbacks],
     )
 
@@ -240,6 +246,23 @@ def refuse_then_fit(strategy: str) -> int:
 @pytest.mark.parametrize("strategy", ["ddp", "hybrid"])
 def test_after_a_refusal_the_same_processes_train(strategy: str) -> None:
     assert run_ranks(refuse_then_fit, 2, strategy) == [4, 4]
+
+
+def timeouts(sizes: dict[str, int]) -> set[timedelta]:
+    """Those of all groups that the rank is in, after a step."""
+    strategy = HybridStrategy(**sizes, timeout=timedelta(seconds=77))
+    module = GPTModule(GPTConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    loop = L.Trainer(strategy=strategy, accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=1, **QUIET)
+    batches = [{name: torch.zeros(2, 8, dtype=torch.int64) for name in ("input_ids", "labels")}] * 4
+    loop.fit(module, DataLoader(batches, batch_size=None))
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) > 2
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"replicate_size": 2}], ids=str)
+def test_the_timeout_holds_in_every_group_of_the_layout(sizes: dict[str, int]) -> None:
+    assert run_ranks(timeouts, 4, sizes) == [{timedelta(seconds=77)}] * 4
 
 
 def catch_and_stay() -> None:
