@@ -1,9 +1,12 @@
-"""Which of Lightning's callbacks can't work on a module that is cut over ranks, and what to write instead."""
+"""What Lightning's callbacks need on a module that is cut over ranks, and which of them can't work there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     EMAWeightAveraging,
@@ -12,6 +15,8 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
 
 OURS = "lightning_bharat.callbacks"
 
@@ -52,3 +57,25 @@ def _refused(callback: Callback, devices: int) -> str:
             'Trainer(devices=1, strategy="auto") on a model that fits, or by the bytes that `bharat layout` prints'
         )
     return ""
+
+
+def thaw_again(module: pl.LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Give ``optimizers`` the parameter groups that finetuning callbacks had added when a checkpoint was saved, and let
+    their parameters train; called when the callbacks have read their states, before the optimizers do.
+
+    Lightning does this in ``on_fit_start``, which is before a cut module's checkpoint is read; and what had been thawed
+    stays frozen there.
+    """
+    trainer = module.trainer
+    made = [len(optimizer.param_groups) for optimizer in optimizers]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            BaseFinetuning.on_fit_start(callback, trainer, module)
+    added = [g for count, o in zip(made, optimizers, strict=True) for g in o.param_groups[count:]]
+    thawed = {id(parameter) for group in added for parameter in group["params"]}
+    for part in module.modules():
+        own = [parameter for parameter in part.parameters(recurse=False) if id(parameter) in thawed]
+        for parameter in own:
+            parameter.requires_grad_(True)
+        if own and isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):  # freezing had stopped it
+            part.track_running_stats = True

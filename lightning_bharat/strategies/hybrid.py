@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning
-from lightning_bharat.strategies.callbacks import refuse_callbacks
+from lightning_bharat.strategies.callbacks import refuse_callbacks, thaw_again
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
@@ -141,6 +141,10 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self.optimizers, self.lr_scheduler_configs = [], []  # those of an earlier run
         super().setup_optimizers(trainer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        thaw_again(self._module(), self.optimizers)
+        super().load_optimizer_state_dict(checkpoint)
 
     def model_to_device(self) -> None:
         """Done when the module is prepared, block by block."""
