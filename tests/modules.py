@@ -148,6 +148,7 @@ def fit(
     batch: int = 8,
     batches: int = 4,
     last: int = 0,
+    ckpt: str | None = None,
     **trainer: Any,
 ) -> Result:
     """Train on the ranks that call it. ``strategy``: HybridStrategy's arguments; ``None`` is one plain process."""
@@ -175,7 +176,7 @@ def fit(
         }
     )
     rows = [Rows(name, batch, batches, ranks // tensor, rank // tensor, ragged, last) for _ in range(2)]
-    loop.fit(made, *rows)
+    loop.fit(made, *rows, ckpt_path=ckpt)
     after = {n: whole(made, n, p) for n, p in made.named_parameters()}
     explain = loop.strategy.explain() if strategy is not None else ""
     metrics = {k: float(v) for k, v in loop.callback_metrics.items()}

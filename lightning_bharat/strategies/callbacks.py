@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelPruning,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -59,18 +60,20 @@ def _refused(callback: Callback, devices: int) -> str:
     return ""
 
 
-def thaw_again(module: pl.LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Give ``optimizers`` the parameter groups that finetuning callbacks had added when a checkpoint was saved, and let
-    their parameters train; called when the callbacks have read their states, before the optimizers do.
+def resume_callbacks(module: pl.LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Let callbacks act on the state that they have read from a checkpoint, before the optimizers read theirs.
 
-    Lightning does this in ``on_fit_start``, which is before a cut module's checkpoint is read; and what had been thawed
-    stays frozen there.
+    Those that do so in ``on_fit_start`` were called too early: a cut module's checkpoint is read after it. A timer may
+    have run out; finetuning callbacks have added parameter groups, whose parameters train (with Lightning what had been
+    thawed stays frozen).
     """
     trainer = module.trainer
     made = [len(optimizer.param_groups) for optimizer in optimizers]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning):
             BaseFinetuning.on_fit_start(callback, trainer, module)
+        elif isinstance(callback, Timer):
+            Timer.on_fit_start(callback, trainer)
     added = [g for count, o in zip(made, optimizers, strict=True) for g in o.param_groups[count:]]
     thawed = {id(parameter) for group in added for parameter in group["params"]}
     for part in module.modules():

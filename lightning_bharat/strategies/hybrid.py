@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning
-from lightning_bharat.strategies.callbacks import refuse_callbacks, thaw_again
+from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
@@ -143,7 +143,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
         super().setup_optimizers(trainer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        thaw_again(self._module(), self.optimizers)
+        resume_callbacks(self._module(), self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
 
     def model_to_device(self) -> None:
