@@ -88,13 +88,22 @@ def first_batch(trainer: pl.Trainer) -> Any:
         and hasattr(dataset, "__getitem__")
         and hasattr(dataset, "__len__")
     ):
-        state = torch.get_rng_state()
         count = min(size, len(dataset))  # type: ignore[arg-type]
+        if not count:
+            raise ValueError("the training dataset is empty: there is no batch to observe a step with")
         whole = loader.batch_sampler is None  # batch_size=None: the dataset's items are batches
         items = dataset[0] if whole else [dataset[i] for i in range(count)]  # type: ignore[index]
-        torch.set_rng_state(state)
         return loader.collate_fn(items)
-    return next(iter(loader))
+    batches = iter(loader)
+    if batches is loader:
+        raise ValueError(
+            f"the training loader is a {type(loader).__name__} that can be gone through once only, and its first batch "
+            "is needed to see what a step does; give an object whose __iter__ starts anew"
+        )
+    batch = next(batches, None)
+    if batch is None:
+        raise ValueError("the training loader gives no batch: there is none to observe a step with")
+    return batch
 
 
 def _training_loader(trainer: pl.Trainer) -> Any:

@@ -23,13 +23,15 @@ from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callb
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
+from lightning_bharat.strategies.loaders import TogetherLoaders
 from lightning_bharat.strategies.options import Auto, Options
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
+from lightning_bharat.strategies.randomness import agree_on_random_numbers
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
 
 
-class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
+class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
     """Trains an unchanged LightningModule on data × tensor ranks.
 
     Parameters, gradients and optimizer states are divided over the data ranks by FSDP2; weights of attention heads,
@@ -122,6 +124,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, ConnectedStrategy):
         if self._prepared is None or self._prepared.module is not module:
             self._prepared = Preparation(self, trainer, module)
             self.plan, self.slices = self._prepared.plan, self._prepared.slices
+        if self.tensor_group is not None:
+            agree_on_random_numbers(self.tensor_group, self.root_device)
         _lightning.count_by_data_ranks(trainer, self.layout.data)
         self._tokens = TokenWeights(self.data_group) if self.options.token_weighted else None
         self.barrier()

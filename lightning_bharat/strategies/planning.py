@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.find import find_plan, structural_plan
@@ -39,18 +40,27 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
 
 def _found_by_rank_zero(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:
     answer = ""
-    if strategy.is_global_zero:
-        try:
-            batch = first_batch(trainer)
-            plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
-            answer = json.dumps({"plan": plan.to_dict()})
-        except Exception as error:
-            kind = "" if isinstance(error, PlanError) else f"{type(error).__name__}: "
-            answer = json.dumps({"error": f"{kind}{error}"})
+    with isolate_rng():
+        batch = first_batch(trainer)  # on every rank: looking at a loader may change it
+        if strategy.is_global_zero:
+            answer = json.dumps(_find(strategy, trainer, module, batch))
     told = json.loads(strategy.broadcast(answer))
     if "error" in told:
         raise PlanError(told["error"])
     return ModelPlan.from_dict(told["plan"])
+
+
+def _find(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> dict[str, Any]:
+    try:
+        plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
+    except PlanError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        return {
+            "error": f"{type(error).__name__} when a tensor cut was proven: {error}. Write tensor_parallel_size=1: "
+            "data ranks need no plan"
+        }
+    return {"plan": plan.to_dict()}
 
 
 def used(strategy: HybridStrategy, plan: ModelPlan, what: str) -> bool:
