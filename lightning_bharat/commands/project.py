@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
     instantiate_class,
 )
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -41,6 +42,18 @@ _MODULES = (
 
 class ProjectParser(OneMessage, LightningArgumentParser):
     """LightningCLI's parser with this command's way of saying errors."""
+
+    def instantiate(self, *args: Any, instantiators: Sequence[Any] | None = None, **kwargs: Any) -> Namespace:
+        """Build the classes; what a strategy refuses is said in its own words, which a union of types would bury."""
+        return super().instantiate(
+            *args, instantiators=[*(instantiators or ()), (self._build, Strategy, True)], **kwargs
+        )
+
+    def _build(self, kind: type, *args: Any, applied_instantiation_links: Any, **kwargs: Any) -> Any:
+        try:
+            return kind(*args, **kwargs)
+        except ValueError as error:
+            self.error(str(error))
 
 
 class BadInput(Exception):
