@@ -138,6 +138,7 @@ class Sample:
         block.train()
         with _NoDropout():
             training = self._pass(block, self.differentiates_training)
+        block.eval()  # in training mode, to look at a weight may change it (spectral_norm)
         after = {name: buffer.clone() for name, buffer in block.named_buffers()}
         for name, buffer in before.items():
             owner, _, leaf = name.rpartition(".")

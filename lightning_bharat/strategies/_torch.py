@@ -97,6 +97,11 @@ def materialize(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
 
 
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether anything was registered to be called with the gradient of ``parameter``."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def found_infs(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list[Tensor]:
     """The flags (one a device, 0-dimensional) that say whether ``scaler`` saw a gradient that is not finite."""
     return list(scaler._found_inf_per_device(optimizer).values())

@@ -36,6 +36,9 @@ class DataShards:
         self, module: nn.Module, mesh: DeviceMesh, units: list[str], reshard: bool | int | None, offload: bool
     ) -> None:
         self.module, self.units = module, units
+        for parameter in module.parameters():
+            if not parameter.is_contiguous():  # transposed, or channels last: FSDP divides rows
+                parameter.data = parameter.detach().contiguous()
         self._scalars = Scalars(module, mesh)
         keep: dict[str, Any] = {"mesh": mesh, "ignored_params": self._scalars.parameters}
         if offload:

@@ -28,6 +28,7 @@ from lightning_bharat.strategies.options import Auto, Options
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.randomness import agree_on_random_numbers
+from lightning_bharat.strategies.refusals import refuse_lazy
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
 
 
@@ -110,6 +111,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.watch_errors()
         module = self._module()
         refuse_callbacks(module.trainer, self.world_size)
+        if self.world_size > 1:
+            refuse_lazy(module)
         self.arrange_ranks(module)
         assert self.watch is not None
         self.watch.rank_name = self.layout.name
@@ -173,6 +176,10 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self._precision_plugin = precision_plugin
 
     # ---- steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and self._prepared is not None:
+            self._prepared.refuse_hooks()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         step = self._whole("training_step", args, kwargs, backward=self._module().automatic_optimization)

@@ -23,6 +23,7 @@ from lightning_bharat.strategies.agreement import agree_on_weights
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.recompute import recompute
+from lightning_bharat.strategies.refusals import refuse_gradient_hooks, refuse_module
 from lightning_bharat.strategies.tensor import cut_module
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Preparation:
         strategy, module, options, layout = self.strategy, self.module, self.strategy.options, self.strategy.layout
         choices = strategy.choices
         device = strategy.root_device
+        units = find_units(module)
+        divided = layout.data > 1 or options.offload
+        if divided or layout.tensor > 1:
+            refuse_module(module, units, divided)
         given = options.weights
         if given is None and hasattr(module, "initial_weights"):  # a module on meta may know where its weights lie
             given = module.initial_weights()  # type: ignore[operator]
@@ -63,14 +68,13 @@ class Preparation:
         agreed = "" if given is not None else agree_on_weights(module, device)
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
-        units = find_units(module)
         _lightning.show_whole_summary(trainer, module)
         if layout.tensor > 1:
             sequence, loss = (planning.used(strategy, self.plan, name) for name in ("sequence", "loss"))
             assert strategy.tensor_group is not None
             self.slices = cut_module(module, self.plan, strategy.tensor_group, sequence=sequence, loss=loss)
         self._change_blocks(units)
-        if layout.data > 1 or options.offload:
+        if divided:
             self._divide(units)
         else:
             choices["data_parallel_size"] = "1: nothing is divided over data ranks"
@@ -134,6 +138,11 @@ class Preparation:
                 metric.process_group = self.strategy.data_group
 
     # ---- while it runs
+
+    def refuse_hooks(self) -> None:
+        """Refuse gradient hooks that were registered on pieces."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        refuse_gradient_hooks((name, p) for name, p in parameters if isinstance(p, DTensor) or name in self.slices)
 
     def step(self, run: Callable[[], Any], backward: bool) -> Any:
         """Call ``run``, a step of the module, with whole weights."""

@@ -1,4 +1,4 @@
-"""Parameters without dimensions, which FSDP2 can't divide: whole on every data rank, their gradients averaged.
+"""Parameters without dimensions or elements, which FSDP2 can't divide: whole on every data rank, gradients averaged.
 
 Between steps such a parameter is a replicated ``DTensor``, so that optimizers that handle many tensors at once see
 one kind of them; in a step it is the plain tensor that the person's code expects. Both share their memory.
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 class Scalars:
-    """The parameters without dimensions of ``module``; ``sync`` says whether a backward pass averages gradients."""
+    """Such parameters of ``module``; ``sync`` says whether a backward pass averages gradients."""
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
         self.mesh, self.sync = mesh, True
@@ -23,7 +23,7 @@ class Scalars:
             (owner, name)
             for owner in module.modules()
             for name, p in owner.named_parameters(recurse=False)
-            if p.ndim == 0
+            if p.ndim == 0 or p.numel() == 0
         ]
         self._armed = set[int]()
         self._pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
