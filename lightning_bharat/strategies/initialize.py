@@ -2,13 +2,16 @@
 
 A leaf (a module with parameters or buffers of its own) is built whole on the CPU under a seed made of the run's seed
 and the leaf's name, and each rank keeps its pieces of it. So no rank ever holds more than its pieces and one leaf.
+Modules around the leaf have their say in how it begins (GPT-2's attention scales the projection in it): they are run
+after it, with everything but the leaf on ``meta``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,61 +29,84 @@ class InitializeError(ValueError):
     """A module on ``meta`` that does not say how its weights begin; the message says what to write."""
 
 
+_RESETS = ("reset_parameters", "_reset_parameters")
+
+
 @dataclass
 class _Leaf:
-    """A module's own tensors as they were before any cut, and who can initialize them."""
+    """A module with tensors on ``meta``, in a copy of the whole tree as it was before any cut.
+
+    Attributes:
+        around: the modules from itself to the root, each with the nearest module around it, or itself, that has an
+            ``_init_weights``.
+        kept: its tensors that have values.
+    """
 
     name: str
-    shell: nn.Module
-    ancestor: nn.Module | None
-
-    def build(self, seed: int) -> nn.Module:
-        """The whole leaf on the CPU.
-
-        Raises:
-            InitializeError: it has neither ``reset_parameters`` nor an ancestor's ``_init_weights`` that sets all of
-            it.
-        """
-        shell = self.shell
-        for name, tensor in [*shell._parameters.items(), *shell._buffers.items()]:
-            if tensor is not None:
-                values = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device="cpu")
-                if name in shell._parameters:
-                    shell._parameters[name] = nn.Parameter(values, requires_grad=tensor.requires_grad)
-                else:
-                    shell._buffers[name] = values
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(_seed_of(seed, self.name))
-            self._initialize(shell)
-        left = [name for name, tensor in _own(shell).items() if tensor.is_floating_point() and tensor.isnan().any()]
-        if left or not self._says_how:
-            raise InitializeError(self._what_to_write(left or list(_own(shell))))
-        return shell
+    around: list[tuple[nn.Module, nn.Module | None]]
+    kept: dict[str, Tensor]
 
     @property
-    def _says_how(self) -> bool:
-        return self.ancestor is not None or any(hasattr(self.shell, name) for name in _RESETS)
+    def shell(self) -> nn.Module:
+        return self.around[0][0]
 
-    def _initialize(self, shell: nn.Module) -> None:
-        reset = next((getattr(shell, name) for name in _RESETS if hasattr(shell, name)), None)
-        if reset is not None:
-            try:
-                reset()
-            except AttributeError as error:  # it looks for its children, which are leaves of their own
-                raise InitializeError(f"{self._what_to_write(list(_own(shell)))} ({error})") from error
-        if self.ancestor is not None:
-            cast(Any, self.ancestor)._init_weights(shell)
+    @property
+    def missing(self) -> list[str]:
+        """Names of its tensors without values."""
+        return [name for name in _own(self.shell) if name not in self.kept]
+
+    def build(self, seed: int) -> dict[str, Tensor]:
+        """What is missing, whole and on the CPU.
+
+        Raises:
+            InitializeError: nothing around it sets all of it.
+        """
+        values = self._initialized(seed, 0)
+        left = [name for name, tensor in values.items() if tensor.is_floating_point() and tensor.isnan().any()]
+        whole_numbers = [name for name, tensor in values.items() if not tensor.is_floating_point()]
+        if whole_numbers:  # what nothing sets is as it was
+            other = self._initialized(seed, 1)
+            left += [name for name in whole_numbers if not torch.equal(values[name], other[name])]
+        if left:
+            raise InitializeError(self._what_to_write(left))
+        return values
+
+    def _initialized(self, seed: int, fill: int) -> dict[str, Tensor]:
+        shell, before = self.shell, (self.shell._parameters, self.shell._buffers)
+        shell._parameters, shell._buffers = before[0].copy(), before[1].copy()
+        for name, tensor in _own(shell).items():
+            filled = torch.nan if tensor.is_floating_point() or tensor.is_complex() else fill
+            made = self.kept[name].clone() if name in self.kept else torch.full_like(tensor, filled, device="cpu")
+            if name in shell._parameters:
+                shell._parameters[name] = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            else:
+                shell._buffers[name] = made
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.default_generator.manual_seed(_seed_of(seed, self.name))
+                self._run()
+            return {name: tensor.detach() for name, tensor in _own(shell).items() if name not in self.kept}
+        finally:
+            shell._parameters, shell._buffers = before
+
+    def _run(self) -> None:
+        try:
+            for module, _ in self.around:
+                for reset in [getattr(module, name) for name in _RESETS if hasattr(module, name)][:1]:
+                    reset()
+            for module, initializer in self.around:
+                if initializer is not None:
+                    cast(Any, initializer)._init_weights(module)
+        except Exception as error:  # a person's code, which may look for values in what is on meta
+            raise InitializeError(f"{self._what_to_write(self.missing)} ({type(error).__name__}: {error})") from error
 
     def _what_to_write(self, tensors: list[str]) -> str:
         kind = type(self.shell).__name__
         return (
             f"{self.name or kind} ({kind}) was built on meta, and nothing says how {', '.join(tensors)} begin: write "
-            f"{kind}.reset_parameters(self), which sets the parameters and buffers of this module alone (not those of "
-            f"its children), or build it with real weights"
+            f"{kind}.reset_parameters(self), which sets the parameters and buffers of this module, or build it with "
+            "real weights"
         )
-
-
-_RESETS = ("reset_parameters", "_reset_parameters")
 
 
 class Initializer:
@@ -110,41 +136,111 @@ class Initializer:
             CheckpointError: the given weights are not the module's.
         """
         _materialize(self.module, torch.device("cpu") if offload else device, device)
-        current = {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
+        current = {
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+        }
         given = {id(current[name]) for name in self._given if name in current}
-        seed = _seed() if self._leaves else 0
+        uses = Counter(map(id, current.values()))
+        starts: dict[int, _Start] = {}
         done = set[int]()
+        seed = _seed() if self._leaves else 0
         for leaf in self._leaves:
-            names = {f"{leaf.name}.{own}".lstrip("."): own for own in _own(leaf.shell)}
-            wanted = [n for n in names if id(current[n]) not in given | done]
-            if wanted:
-                whole = _own(leaf.build(seed))
-                for name in wanted:
-                    fill(current[name], slices.get(name), whole[names[name]])
-                    done.add(id(current[name]))
-            leaf.shell._parameters.clear()
-            leaf.shell._buffers.clear()
+            names = {f"{leaf.name}.{own}".lstrip("."): own for own in leaf.missing}
+            wanted = [name for name in names if id(current[name]) not in given]
+            whole = leaf.build(seed) if wanted else {}
+            for name in wanted:
+                key, values = id(current[name]), whole[names[name]]
+                if uses[key] > 1:
+                    start = _Start(name, values.float().std(correction=0).item(), values.numel())
+                    starts.setdefault(key, start).refuse_another(start)
+                if key not in done:
+                    fill(current[name], slices.get(name), values)
+                    done.add(key)
+        self._leaves.clear()
         if self._given:
             load_weights(self.module, slices, self._given)
 
 
+@dataclass
+class _Start:
+    """How one name of a tied weight says that it begins."""
+
+    name: str
+    spread: float
+    count: int
+
+    def refuse_another(self, other: _Start) -> None:
+        """Raise if ``other``'s numbers are spread differently."""
+        low, high = sorted((self.spread, other.spread))
+        if high > low * (1.1 + 4 / max(self.count, 1) ** 0.5):
+            raise InitializeError(
+                f"{self.name} and {other.name} are one tensor, built on meta, and begin differently (standard "
+                f"deviations of {self.spread:.3g} and {other.spread:.3g}): which one counts can't be known. Let both "
+                "modules begin alike, by reset_parameters or an _init_weights around them, or give initial_weights()"
+            )
+
+
 def _leaves(module: nn.Module) -> Iterator[_Leaf]:
-    names = dict(module.named_modules())
-    for name, leaf in names.items():
-        if any(tensor.is_meta for tensor in _own(leaf).values()):
-            shell = copy(leaf)
-            shell.__dict__.update(_parameters=dict(leaf._parameters), _buffers=dict(leaf._buffers), _modules={})
-            yield _Leaf(name, shell, _ancestor(names, name))
+    """The leaves with something on ``meta``, in a copy of the tree that later cuts do not reach.
+
+    Raises:
+        InitializeError: a tensor on meta is neither parameter nor buffer.
+    """
+    originals = dict(module.named_modules(remove_duplicate=False))
+    copies = (
+        dict(_copied(module, {}).named_modules(remove_duplicate=False))
+        if any(map(_on_meta, originals.values()))
+        else {}
+    )
+    seen = set[int]()
+    for name, shell in copies.items():
+        original = originals[name]
+        for attribute, value in vars(original).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise InitializeError(
+                    f"{name or type(original).__name__}.{attribute} is a plain tensor on meta, which nothing gives "
+                    "values: make it a buffer (register_buffer) that reset_parameters sets, or compute it in forward"
+                )
+        if id(shell) in seen or not _on_meta(original):
+            continue
+        seen.add(id(shell))
+        kept = {own: tensor.detach() for own, tensor in _own(original).items() if not tensor.is_meta}
+        yield _Leaf(name, list(_around(copies, name)), kept)
 
 
-def _ancestor(names: dict[str, nn.Module], name: str) -> nn.Module | None:
-    """The nearest module around ``name``, or itself, with a ``_init_weights``."""
-    while True:
-        if hasattr(names[name], "_init_weights"):
-            return names[name]
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
+def _on_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in _own(module).values())
+
+
+def _copied(module: nn.Module, made: dict[int, Any]) -> nn.Module:
+    """The tree of modules with all tensors on ``meta``; what is shared stays shared."""
+
+    def of(value: Any, make: Callable[[Any], Any]) -> Any:
+        if value is not None and id(value) not in made:
+            made[id(value)] = make(value)
+        return made.get(id(value))
+
+    shell = made[id(module)] = copy(module)
+    tensors = {
+        kind: {name: of(tensor, _meta) for name, tensor in getattr(module, kind).items()}
+        for kind in ("_parameters", "_buffers")
+    }
+    shell.__dict__.update(tensors, _modules={})
+    shell._modules.update({name: of(child, lambda c: _copied(c, made)) for name, child in module._modules.items()})
+    return shell
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    made = torch.empty_like(tensor.detach(), device="meta")
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _around(names: dict[str, nn.Module], name: str) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """From ``name`` to the root."""
+    path = [name, *(name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)), *([""] if name else [])]
+    for i, inner in enumerate(path):
+        yield names[inner], next((names[outer] for outer in path[i:] if hasattr(names[outer], "_init_weights")), None)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
@@ -156,12 +252,12 @@ def _materialize(module: nn.Module, parameters_on: torch.device, buffers_on: tor
     """Memory for what is on ``meta`` (``Module.to_empty`` would untie weights and empty what has values)."""
     made: dict[int, Any] = {}
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
+        for name, parameter in list(owner._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
                     memory = torch.empty_like(parameter.detach(), device=parameters_on)
                     made[id(parameter)] = parameter, nn.Parameter(memory, requires_grad=parameter.requires_grad)
-                owner._parameters[name] = made[id(parameter)][1]
+                setattr(owner, name, made[id(parameter)][1])  # nn.LSTM keeps a list beside
         for name, buffer in owner._buffers.items():
             if buffer is not None and buffer.is_meta:
                 owner._buffers[name] = torch.empty_like(buffer, device=buffers_on)
