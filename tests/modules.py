@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_bharat.models import GPT, GPTConfig
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import gather
+from tests.pipelines import DEEP
 from tests.plan.models import MODELS, TIME, VOCABULARY, Stack, Wrapped
 
 Batch = dict[str, Tensor]
@@ -40,7 +42,7 @@ class Trained(L.LightningModule):
 
     def __init__(self, model: str = "nano", optimizer: dict[str, Any] | None = None, ragged: bool = False) -> None:
         super().__init__()
-        self.model = zoo()[model]()
+        self.model = {**zoo(), **DEEP}[model]()
         self.optimizer, self.ragged = optimizer or {}, ragged
         self.seen: list[tuple[float, float]] = []
         self.norm = 0.0
@@ -50,6 +52,8 @@ class Trained(L.LightningModule):
         if isinstance(self.model, Wrapped):  # its own loss is computed in float32
             logits = self.model.model(input_ids=batch["ids"]).logits
             return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        if hasattr(self.model, "loss"):
+            return self.model.loss(batch)
         if isinstance(self.model, Stack):
             return F.mse_loss(self.model(batch["x"].to(self.dtype)), batch["y"].to(self.dtype))
         return F.cross_entropy(self.model(batch["ids"]).flatten(0, 1), batch["labels"].flatten())
@@ -97,6 +101,20 @@ def whole(module: L.LightningModule, name: str, tensor: Tensor) -> Tensor:
     strategy = module.trainer.strategy
     found = gather(tensor, getattr(strategy, "slices", {}).get(name), getattr(strategy, "tensor_group", None))
     return (found.full_tensor() if isinstance(found, DTensor) else found).detach().clone()
+
+
+def of_stages(trainer: L.Trainer, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What all stages of a pipeline hold; parameters of several stages must be equal on them."""
+    group = getattr(trainer.strategy, "pipeline_group", None)
+    if group is None:
+        return mine
+    parts: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    together: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            assert torch.equal(together.setdefault(name, tensor), tensor), f"{name} differs between stages"
+    return together
 
 
 class Rows:
@@ -157,6 +175,7 @@ def fit(
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if strategy is not None else 1
     rank = int(os.environ.get("RANK", 0)) if strategy is not None else 0
     tensor = (strategy or {}).get("tensor_parallel_size", 1)
+    data = ranks // tensor // (strategy or {}).get("pipeline_parallel_size", 1)
     L.seed_everything(7, verbose=False)
     made = Trained(module, optimizer, ragged) if isinstance(module, str) else module()
     name = module if isinstance(module, str) else getattr(made, "rows_of", "nano")
@@ -175,9 +194,11 @@ def fit(
             **trainer,
         }
     )
-    rows = [Rows(name, batch, batches, ranks // tensor, rank // tensor, ragged, last) for _ in range(2)]
+    rows = [Rows(name, batch, batches, data, rank // tensor % data, ragged, last) for _ in range(2)]
     loop.fit(made, *rows, ckpt_path=ckpt)
-    after = {n: whole(made, n, p) for n, p in made.named_parameters()}
+    after = of_stages(loop, {n: whole(made, n, p) for n, p in made.named_parameters() if not is_elsewhere(p)})
+    if getattr(made, "gradients", None):
+        made.gradients = of_stages(loop, made.gradients)
     explain = loop.strategy.explain() if strategy is not None else ""
     metrics = {k: float(v) for k, v in loop.callback_metrics.items()}
     kept = ("seen", "gradients")

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.share import Share
 from lightning_bharat.checkpoints.stored import StoredTensor, load_into
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import TensorSlice, gather, shape_of_whole
 
 Slices = Mapping[str, TensorSlice]
@@ -125,6 +126,7 @@ def load_weights(
     shapes = []
     targets: dict[str, tuple[Share, StoredTensor | Tensor]] = {}
     others = {}
+    gone = {name for name, p in module.named_parameters(remove_duplicate=False) if is_elsewhere(p)}
     for name in entries.keys() & values.keys():
         entry, value = entries[name], values[name]
         first = firsts.get(name, name)
@@ -135,7 +137,7 @@ def load_weights(
         whole = shape_of_whole(entry, cut)
         if tuple(value.shape) != whole:
             shapes.append(f"{name} is {list(value.shape)} in the checkpoint and {list(whole)} here")
-        elif first not in targets or name == first:
+        elif name not in gone and (first not in targets or name == first):
             targets[first] = (Share.of(entry, cut), value)
     refuse_other_model(missing if strict else [], unexpected if strict else [], shapes)
     load_into(targets.values())

@@ -24,8 +24,11 @@ SEQUENCE_DIM = 1  # hidden states are (batch, sequence, channels)
 class Flow:
     """What the peers do in the current forward: whether the hidden state between cuts is divided along the sequence."""
 
-    def __init__(self, peers: Peers, may_divide: bool = False, random: bool = False) -> None:
+    def __init__(
+        self, peers: Peers, may_divide: bool = False, random: bool = False, split_backward: bool = False
+    ) -> None:
         self.peers, self.may_divide, self.divided = peers, may_divide, False
+        self.split_backward = split_backward  # a schedule computes weights' gradients apart, one after the other
         self.device = torch.device("cpu")
         self.stream = TensorStream(peers.rank) if random and peers.size > 1 else None
 
@@ -155,7 +158,7 @@ class CutBlock:
             args, kwargs = _replace(args, kwargs, self.hidden, self.flow.arrive)
         inner = self.compiled or super().forward  # type: ignore[misc]
         owners = self.partial + (self.partial_if_divided if self.flow.divided else [])
-        with _summed(owners, self.flow.peers), self.flow.own_tokens():
+        with _summed(owners, self.flow), self.flow.own_tokens():
             out = inner(*args, **kwargs)
         if not self.ends[1]:
             return out
@@ -184,17 +187,19 @@ def _replace(args: tuple, kwargs: dict, where: int | str, change: Any) -> tuple[
 
 
 @contextmanager
-def _summed(owners: list[tuple[nn.Module, str]], peers: Peers) -> Iterator[None]:
-    """Use these parameters as they are, with their gradients summed over the peers, in one exchange for a dtype."""
+def _summed(owners: list[tuple[nn.Module, str]], flow: Flow) -> Iterator[None]:
+    """Use these parameters as they are, with their gradients summed over the peers, if possible in one exchange."""
     found = [(owner, name, owner._parameters[name]) for owner, name in owners]
     used = [(owner, name, p) for owner, name, p in found if p is not None and p.requires_grad]
     if not used or not torch.is_grad_enabled():
         yield
         return
     try:
-        for dtype in {p.dtype for _, _, p in used}:
-            alike = [item for item in used if item[2].dtype == dtype]
-            for (owner, name, _), same in zip(alike, copy_all([p for *_, p in alike], peers), strict=True):
+        together: dict[Any, list] = {}
+        for item in used:
+            together.setdefault(id(item[2]) if flow.split_backward else item[2].dtype, []).append(item)
+        for alike in together.values():
+            for (owner, name, _), same in zip(alike, copy_all([p for *_, p in alike], flow.peers), strict=True):
                 owner._parameters[name] = cast(nn.Parameter, same)
         yield
     finally:

@@ -34,7 +34,7 @@ def find_plan(
         module: the whole model, real or on ``meta``; not changed.
         step: ``step(copy of module, batch)`` runs the training step.
         batch: as the loader gives it.
-        ranks: tensor ranks for which the cuts are proven.
+        ranks: tensor ranks for which the cuts are proven; with 1 nothing is cut, only observed.
         plan: module names (with ``*`` for the number of a block) to Hugging Face's strings; proposals come from it
             alone. Without it they come from the model's own plan, else from its structure.
 
@@ -43,6 +43,8 @@ def find_plan(
     """
     styles = named_styles(module, plan)
     seen = observe(module, step, batch, ranks)
+    if ranks == 1:
+        return _observed(seen, module)
     cuts: dict[str, tuple[Cut, ...]] = {}
     summed: dict[str, tuple[str, ...]] = {}
     whole: dict[str, str] = {}
@@ -64,22 +66,34 @@ def find_plan(
             "Write tensor_parallel_size=1, or shape the block's tensors from what its linears return "
             "(q.view(*q.shape[:-1], -1, head_dim)) rather than from the width of its input"
         )
-    return ModelPlan(
-        blocks=block_list(module) or single_block(module),
-        kinds=seen.kinds,
+    return replace(
+        _observed(seen, module),
         cuts=cuts,
         outside=outside,
-        before=seen.before,
-        after=seen.after,
-        tied=_tied(module),
         sequence=sequences[0] if sequences else "",
         loss=_loss_reason(seen, outside),
         whole=whole | reasons,
         proven=(ranks,),
         summed=summed,
+    )
+
+
+def _observed(seen: Observation, module: nn.Module) -> ModelPlan:
+    """What the dry run alone shows: everything but tensor cuts."""
+    return ModelPlan(
+        blocks=block_list(module) or single_block(module),
+        kinds=seen.kinds,
+        cuts={kind: () for kind in seen.kinds},
+        before=seen.before,
+        after=seen.after,
+        tied=_tied(module),
         hidden=seen.hidden if seen.hidden is not None else 0,
         single=block_list(module) is None,
         random=seen.random,
+        apart=seen.between or seen.apart,
+        needs=seen.needs,
+        outputs=seen.outputs,
+        wire=str(seen.wire).removeprefix("torch."),
     )
 
 

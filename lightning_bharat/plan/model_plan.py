@@ -59,6 +59,10 @@ class ModelPlan:
         hidden: where a block takes the hidden state: a position or a keyword.
         single: whether the model has no list of blocks, so that it is one block.
         random: whether blocks draw random numbers in training.
+        apart: "" where the blocks may lie on different pipeline stages, else why not.
+        needs: parameter -> the blocks (the depth: what comes after them) that need it though it is not theirs.
+        outputs: how many values a block returns in a tuple, of which the first is the hidden state; 0 for a tensor.
+        wire: type of the hidden state that goes from block to block.
     """
 
     blocks: str
@@ -76,6 +80,10 @@ class ModelPlan:
     hidden: int | str = 0
     single: bool = False
     random: bool = False
+    apart: str = "not tried"
+    needs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: int = 0
+    wire: str = "float32"
 
     @property
     def depth(self) -> int:
@@ -87,6 +95,11 @@ class ModelPlan:
         if self.single:
             return (self.blocks,)
         return tuple(f"{self.blocks}.{child}" for child, _ in module.get_submodule(self.blocks).named_children())
+
+    def shared(self) -> list[str]:
+        """Parameters outside of blocks that are needed in more than one place: on several stages, if there are as many
+        as blocks."""
+        return [name for name, blocks in self.needs.items() if len({min(b, self.depth - 1) for b in blocks}) > 1]
 
     def all_cuts(self) -> Iterator[Cut]:
         """Every distinct cut: those in blocks, then those outside."""
@@ -112,6 +125,7 @@ class ModelPlan:
                 "tied": tuple(map(tuple, data["tied"])),
                 "proven": tuple(data["proven"]),
                 "summed": {kind: tuple(names) for kind, names in data["summed"].items()},
+                "needs": {name: tuple(blocks) for name, blocks in data.get("needs", {}).items()},
             }
         )
 
@@ -126,6 +140,10 @@ class ModelPlan:
         lines += [f"  after   {_with_cut(name, self.outside)}" for name in self.after]
         lines += [f"  tied    {' = '.join(names)}" for names in self.tied]
         lines += [f"  whole   {name}: {why}" for name, why in self.whole.items()]
+        if self.apart != "not tried":
+            shared = "".join(f"; {name} is on several" for name in self.shared())
+            where = f"may begin at every block{shared}" if not self.apart else f"none, since {self.apart}"
+            lines.append(f"  stages  {where}")
         if self.proven:
             lines.append(f"  proven for {', '.join(map(str, self.proven))} tensor ranks, in float64")
             lines.append(

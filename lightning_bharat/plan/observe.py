@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_bharat.plan.blocks import PlanError, block_list, block_names, kinds_of
 from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.exchange import OnePeer
+from lightning_bharat.plan.sources import FromBlock, Sources
 from lightning_bharat.plan.vocabulary import VocabularyShard, watch_gathers
 
 Step = Callable[[Any, Any], Any]
@@ -62,6 +63,10 @@ class Observation:
         heads: names of linears after the blocks whose width is the vocabulary.
         gathers: functions that needed whole logits.
         program: the functions called in blocks, in order, each with its block.
+        needs: parameter name -> blocks that need it though it is not theirs (the depth: what comes after the blocks).
+        apart: "" where nothing but the hidden state goes from block to block, else what does.
+        outputs: how many values a block returns in a tuple; 0 for a bare tensor.
+        wire: type of the hidden state between blocks.
     """
 
     shell: nn.Module
@@ -77,6 +82,10 @@ class Observation:
     heads: tuple[str, ...] = ()
     gathers: list[str] = field(default_factory=list)
     program: list[tuple[str, Callable]] = field(default_factory=list)
+    needs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    apart: str = ""
+    outputs: int = 0
+    wire: torch.dtype = torch.float32
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     @property
@@ -152,12 +161,17 @@ def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], 
     seen = Observation(fake_copy(module, mode), names, kinds, heads=vocabulary_heads(module, names), mode=mode)
     seen.shell.train()
     watch = _Watch(seen)
+    buffers = {name: (buffer, buffer._version) for name, buffer in seen.shell.named_buffers()}
     with mode:
         fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, batch)
         with watch_gathers() as gathers, watch:
-            step(seen.shell, fake)
+            out = step(seen.shell, fake)
+            watch.finish(out)
     watch.remove()
     seen.gathers = gathers
+    for name, buffer in seen.shell.named_buffers():
+        if buffers.get(name, (None, -1)) != (buffer, buffer._version):
+            seen.apart = seen.apart or f"the buffer {name} changes in the training step"
     ran = [name for name in names if name in seen.order]
     if len(ran) != len(names):
         raise PlanError(_not_run(block_list(module), next(name for name in names if name not in ran)))
@@ -188,7 +202,14 @@ class _Watch(TorchFunctionMode):
         self.names: dict[int, str] = {}
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.handles: list[Any] = []
+        self.inside: int | None = None
+        self.entered: Tensor | None = None
+        self.sources = Sources(seen.names)
         blocks = {name: i for i, name in enumerate(seen.names)}
+        for name, module in seen.shell.named_modules(remove_duplicate=False):
+            block = next((i for b, i in blocks.items() if name == b or name.startswith(f"{b}.")), None)
+            for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                self.sources.own(parameter, f"{name}.{leaf}".lstrip("."), block)
         for name, module in seen.shell.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 self.owners.setdefault(id(parameter), set()).add(name)
@@ -217,6 +238,8 @@ class _Watch(TorchFunctionMode):
 
     def _enter_block(self, i: int, args: tuple, kwargs: dict) -> None:
         seen = self.seen
+        self.inside = i
+        self.entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if seen.kinds[i] not in seen.calls:
             seen.calls[seen.kinds[i]] = Call.copied(args, kwargs)
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
@@ -234,6 +257,7 @@ class _Watch(TorchFunctionMode):
         def hook(_: nn.Module, args: tuple, out: Any) -> Any:
             self.stack.pop()
             if block is not None:
+                self._leave_block(block, out)
                 hidden = out[0] if isinstance(out, (tuple, list)) else out
                 if not isinstance(hidden, Tensor):
                     self.seen.between = (
@@ -242,19 +266,53 @@ class _Watch(TorchFunctionMode):
                 else:
                     self.outputs[id(hidden)] = block, hidden
             if name in self.seen.heads and isinstance(out, Tensor):
-                return VocabularyShard(out, OnePeer())
+                shard = VocabularyShard(out, OnePeer())
+                self.sources.mark(shard, self.sources.of(out))
+                return shard
             return None
 
         return hook
+
+    def _leave_block(self, i: int, out: Any) -> None:
+        """Only the hidden state may be read further on."""
+        self.inside = None
+        several = isinstance(out, (tuple, list))
+        self.seen.outputs = len(out) if several else 0
+        self.sources.mark(out, frozenset({FromBlock(i, extra=True)}))
+        hidden = out[0] if several and out else out
+        self.sources.mark(hidden, frozenset({FromBlock(i)}))
+        if isinstance(hidden, Tensor):
+            self.seen.wire = hidden.dtype
+            if self.entered is not None and hidden.shape != self.entered.shape:
+                self.seen.apart = f"{self.seen.names[i]} changes the shape of the hidden state"
+
+    def finish(self, out: Any) -> None:
+        """The step has returned ``out``."""
+        self.sources.read(self.sources.of(out), (len(self.seen.names),))
+        self.seen.needs = {name: tuple(sorted(blocks)) for name, blocks in self.sources.needs.items()}
+        twice = [name for name in self.seen.names if self.seen.order.count(name) > 1]
+        again = f"{twice[0]} runs more than once in a step" if twice else ""
+        self.seen.apart = again or self.sources.skips or self.seen.apart
+
+    def _looked_at(self, value: Tensor) -> None:
+        """The step asks for a value: what runs outside of blocks runs everywhere, or after them."""
+        depth = len(self.seen.names)
+        begun = self.seen.names[0] in self.seen.order
+        by = (self.inside,) if self.inside is not None else (depth,) if begun else range(depth + 1)
+        self.sources.read(self.sources.of(value, self.inside), by)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _VALUES and args and isinstance(args[0], Tensor):
+            self._looked_at(args[0])
             return _VALUES[name](*args)
         if name not in ("__get__", "__set__") and func not in _QUESTIONS:
             self._read(func, args, kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        self.sources.follow((*args, kwargs), out, in_place, self.inside)
+        return out
 
     def _read(self, func: Callable, args: tuple, kwargs: dict) -> None:
         seen, here = self.seen, self.stack[-1]

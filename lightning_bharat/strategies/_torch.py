@@ -77,6 +77,35 @@ class Root:
             state._training_state = TrainingState.IDLE  # type: ignore[attr-defined]
         self.module.reshard()
 
+    def hold(self) -> None:
+        """Gather all weights of the tree, which stay whole, and let gradients add up, until :meth:`finish`.
+
+        (Weights that are divided between micro-batches give schedules with a split backward wrong gradients.)
+        """
+        self.enter()
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        self._set(last=False)
+
+    def finish(self, factor: float) -> None:
+        """Average the gradients over the data ranks, times ``factor``, and divide the weights."""
+        self._set(last=True)
+        for state in self._state._state_ctx.all_states:
+            for group in state._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    whole = parameter.unsharded_param
+                    if whole.grad is not None:
+                        whole.grad.mul_(factor)
+                group.post_backward()
+        self._state._root_post_backward_final_callback()
+        self._state._state_ctx.iter_forward_root = None
+
+    def _set(self, last: bool) -> None:
+        self.module.set_is_last_backward(last)
+        self.module.set_reshard_after_backward(last)
+        self.module.set_requires_gradient_sync(last)
+
     def recover(self) -> None:
         """After an exception in the middle of a step."""
         self.module.reset_iter_state()

@@ -67,6 +67,7 @@ class ShardedCheckpoints(_Base):
 
         That is this rank's parts, or (plain ``.ckpt``) the whole on rank 0, ``{}`` elsewhere. All ranks must call it.
         """
+        self._refuse_stages()
         if self.save_distributed_checkpoint:
             return weights.LikeWeights(state)
         return weights.whole_state(self._module(), self.slices, self.tensor_group, self.is_global_zero, state)
@@ -114,12 +115,21 @@ class ShardedCheckpoints(_Base):
         take_position(checkpoint, self.layout, self.global_rank)
         return checkpoint
 
+    def _refuse_stages(self) -> None:
+        """What is spread over stages would be saved as NaN."""
+        if self.layout.pipeline > 1:
+            raise CheckpointError(
+                f"checkpoints under pipeline_parallel_size={self.layout.pipeline} are not in this version; write "
+                "Trainer(enable_checkpointing=False), without ckpt_path, or pipeline_parallel_size=1"
+            )
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Read the module's state, as far as this rank holds it. All ranks must call it.
 
         Raises:
             CheckpointError: on every rank: the checkpoint is one of another model; names what differs.
         """
+        self._refuse_stages()
         together(lambda: weights.load_weights(self._module(), self.slices, checkpoint["state_dict"], strict))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -68,6 +68,11 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         return self._tensor_group if self.layout.tensor > 1 else None
 
     @property
+    def pipeline_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same batch and other blocks, in order; ``None`` if this is the only one."""
+        return self.device_mesh.get_group("pipeline_parallel") if self.layout.pipeline > 1 else None
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Data is divided over data ranks alone: tensor peers load the same batches."""
         here = self.layout.coordinates(self.global_rank)

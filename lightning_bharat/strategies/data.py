@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.strategies._torch import Root
 from lightning_bharat.strategies.scalars import Scalars
 
@@ -40,7 +41,8 @@ class DataShards:
             if not parameter.is_contiguous():  # transposed, or channels last: FSDP divides rows
                 parameter.data = parameter.detach().contiguous()
         self._scalars = Scalars(module, mesh)
-        keep: dict[str, Any] = {"mesh": mesh, "ignored_params": self._scalars.parameters}
+        others = {parameter for parameter in module.parameters() if is_elsewhere(parameter)}
+        keep: dict[str, Any] = {"mesh": mesh, "ignored_params": self._scalars.parameters | others}
         if offload:
             keep["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         else:
@@ -87,6 +89,31 @@ class DataShards:
         if self._root is not None:
             self._root.divide()
             self._scalars.divide()
+
+    def scheduled(self, run: Callable[[], float]) -> None:
+        """Call ``run``, forward and backward passes of many micro-batches, with weights that stay whole; then average
+        the gradients over the data ranks, times the number that it returned."""
+        assert self._root is not None
+        self._scalars.gather()
+        self._root.hold()
+        self._scalars.sync = False
+        try:
+            factor = run()
+        except BaseException:
+            self._root.recover()
+            self._scalars.divide()
+            raise
+        finally:
+            self._scalars.sync = True
+        self._root.finish(factor)
+        self._scalars.finish(factor)
+
+    def divide(self) -> None:
+        """Divide what is whole, also what an evaluation has left so: parameters are then those of the optimizers."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.rest()
 
     @contextmanager
     def without_sync(self) -> Iterator[None]:

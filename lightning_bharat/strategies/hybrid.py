@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.partition import even, stages_of
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
@@ -29,6 +30,8 @@ from lightning_bharat.strategies.precision import across_ranks, refuse_precision
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.randomness import agree_on_random_numbers
 from lightning_bharat.strategies.refusals import refuse_lazy
+from lightning_bharat.strategies.schedule import KINDS
+from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
 
 
@@ -42,9 +45,15 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
     Args:
         data_parallel_size: ``"auto"`` takes all ranks that the other sizes leave.
         tensor_parallel_size: neighbours on a host. ``"auto"`` is 1 as long as the model fits.
-        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1 in this version.
+        pipeline_parallel_size: stages of consecutive blocks, each on other ranks. ``"auto"`` is 1.
+        context_parallel_size, expert_parallel_size: 1 in this version.
         replicate_size: copies of the divided parameters among the data ranks (hybrid sharding); divides the data size.
-        num_microbatches, schedule, microbatch_fn: for pipelines, so not in this version.
+        num_microbatches: parts of a batch that follow one another through a pipeline. ``None``: twice the stages, or
+            the largest number below that divides the batch.
+        schedule: of a pipeline: "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble",
+            "ZBVZeroBubble" or "DualPipeV"; all but the first two put two stages on each rank.
+        microbatch_fn: ``function(batch, number)`` that returns the parts, for batches that are not split along
+            dimension 0 of their tensors.
         sequence_parallel: also divide the hidden state between cuts along the sequence. ``"auto"``: where proven.
         loss_parallel: keep logits divided along the vocabulary in the loss. ``"auto"``: where proven.
         token_weighted: weigh data ranks and accumulated batches by their valid labels, so that the gradient is the mean
@@ -103,6 +112,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.slices: dict[str, TensorSlice] = {}
         self._prepared: Preparation | None = None
         self._tokens: TokenWeights | None = None
+        self._pipeline: ScheduledSteps | None = None
 
     # ---- setting up
 
@@ -116,7 +126,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.arrange_ranks(module)
         assert self.watch is not None
         self.watch.rank_name = self.layout.name
-        across_ranks(self.precision_plugin, self._groups_of, self.root_device)
+        across_ranks(self.precision_plugin, self._groups_of, self.root_device, self._stages)
         module._device_mesh = self.device_mesh  # for a configure_model written for Lightning's ModelParallelStrategy
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -127,6 +137,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         if self._prepared is None or self._prepared.module is not module:
             self._prepared = Preparation(self, trainer, module)
             self.plan, self.slices = self._prepared.plan, self._prepared.slices
+            self._pipeline = ScheduledSteps(self, self._prepared) if self.layout.pipeline > 1 else None
         if self.tensor_group is not None:
             agree_on_random_numbers(self.tensor_group, self.root_device)
         _lightning.count_by_data_ranks(trainer, self.layout.data)
@@ -172,7 +183,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         # None stays None: Lightning takes a strategy's own plugin for the user's choice, above Trainer(precision=...)
         if precision_plugin is not None:
             refuse_precision(precision_plugin)
-            across_ranks(precision_plugin, self._groups_of, torch.device("cpu"))
+            across_ranks(precision_plugin, self._groups_of, torch.device("cpu"), self._stages)
         self._precision_plugin = precision_plugin
 
     # ---- steps
@@ -182,17 +193,24 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             self._prepared.refuse_hooks()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pipeline:
+            return self._pipeline.train(super().training_step, args, kwargs, self._tokens)
         step = self._whole("training_step", args, kwargs, backward=self._module().automatic_optimization)
         return self._tokens.watch(step) if self._tokens else step()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._whole("validation_step", args, kwargs)()
+        return self._evaluate("validation_step", args, kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._whole("test_step", args, kwargs)()
+        return self._evaluate("test_step", args, kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._whole("predict_step", args, kwargs)()
+        return self._evaluate("predict_step", args, kwargs)
+
+    def _evaluate(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._pipeline:
+            return self._pipeline.evaluate(getattr(super(), name), args, kwargs, share=name == "predict_step")
+        return self._whole(name, args, kwargs)()
 
     def _whole(self, name: str, args: tuple, kwargs: dict[str, Any], backward: bool = False) -> Callable[[], Any]:
         assert self._prepared is not None
@@ -200,6 +218,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         return lambda: self._prepared.step(lambda: step(*args, **kwargs), backward)  # type: ignore[union-attr]
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self._pipeline:
+            return self._pipeline.backward(closure_loss, optimizer)
         if self._tokens:
             module = self._module()
             divided_by = module.trainer.accumulate_grad_batches if module.automatic_optimization else None
@@ -221,13 +241,28 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
     def block_backward_sync(self) -> Iterator[None]:
         """Backward passes in here exchange no gradients: all but the last of an accumulation window."""
         # Rescaling of what is accumulated (token_weighted) needs reduced gradients.
-        blocked = self._prepared.without_sync() if self._prepared and not self._tokens else nullcontext()
+        plain = self._prepared and not self._tokens and not self._pipeline
+        blocked = self._prepared.without_sync() if self._prepared and plain else nullcontext()
         with blocked:
             yield
 
     def grad_norm(self, norm_type: float = 2.0) -> Tensor:
         """The norm of all gradients as one vector, over all ranks. All ranks must call it, after the backward pass."""
-        return total_norm(self._module().parameters(), self._groups_of, norm_type, self.root_device)
+        return total_norm(self._module().parameters(), self._groups_of, norm_type, self.root_device, self._stages())
+
+    def _stages(self) -> tuple[dist.ProcessGroup | None, Callable[[Tensor], int]]:
+        """The pipeline's ranks, and on how many of them a parameter is."""
+        return (self.pipeline_group, self._pipeline.copies) if self._pipeline else (None, lambda _: 1)
+
+    def stage_blocks(self, plan: ModelPlan) -> list[range]:
+        """The blocks of each pipeline stage; none without a pipeline."""
+        kind = KINDS[self.options.schedule]
+        return even(plan.depth, self.layout.pipeline * kind.each) if self.layout.pipeline > 1 else []
+
+    def stages_of_rank(self) -> list[int]:
+        """Which of them are this rank's."""
+        kind, here = KINDS[self.options.schedule], self.layout.coordinates(self.global_rank)
+        return stages_of(here["pipeline"], self.layout.pipeline, kind.each, kind.placement)
 
     def _groups_of(self, parameter: Tensor) -> list[dist.ProcessGroup]:
         cut = self._prepared is not None and id(parameter) in self._prepared.cut

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_bharat.checkpoints import load_weights
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import TensorSlice, fill
 from lightning_bharat.strategies.given_weights import weights_for
 
@@ -147,7 +148,8 @@ class Initializer:
         seed = _seed() if self._leaves else 0
         for leaf in self._leaves:
             names = {f"{leaf.name}.{own}".lstrip("."): own for own in leaf.missing}
-            wanted = [name for name in names if id(current[name]) not in given]
+            here = [name for name in names if not is_elsewhere(current[name])]
+            wanted = [name for name in here if id(current[name]) not in given]
             whole = leaf.build(seed) if wanted else {}
             for name in wanted:
                 key, values = id(current[name]), whole[names[name]]

@@ -15,16 +15,13 @@ from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.strategies.memory import device_bytes, fitting_tensor_size
 from lightning_bharat.strategies.recompute import MODES
+from lightning_bharat.strategies.schedule import KINDS
 
 Auto: TypeAlias = int | Literal["auto"]
 
 _NOT_YET = {
-    "pipeline_parallel_size": ("auto", 1),
     "context_parallel_size": (1,),
     "expert_parallel_size": (1,),
-    "num_microbatches": (None,),
-    "schedule": ("1F1B",),
-    "microbatch_fn": (None,),
 }
 
 
@@ -62,13 +59,18 @@ class Options:
         for name, done in _NOT_YET.items():
             if getattr(self, name) not in done:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r}: this version cuts over data and tensor ranks only; "
-                    f"leave {name} out, and use data_parallel_size and tensor_parallel_size"
+                    f"{name}={getattr(self, name)!r}: this version cuts over data, tensor and pipeline ranks only; "
+                    f"leave {name} out"
                 )
-        for name in ("data_parallel_size", "tensor_parallel_size"):
+        for name in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
             size = getattr(self, name)
             if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f'{name}={size!r}: write a whole number from 1 up, or "auto"')
+        if self.schedule not in KINDS:
+            raise ValueError(f"schedule={self.schedule!r}: write one of {', '.join(KINDS)}")
+        wanted = self.num_microbatches
+        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
+            raise ValueError(f"num_microbatches={wanted!r}: write a whole number from 1 up, or None")
         for name in ("sequence_parallel", "loss_parallel"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ValueError(f'{name}={getattr(self, name)!r}: write True, False or "auto"')
@@ -85,6 +87,10 @@ class Options:
         Raises:
             LayoutError: the sizes do not multiply to ``devices``.
         """
+        pipeline = 1 if self.pipeline_parallel_size == "auto" else self.pipeline_parallel_size
+        if devices % pipeline:
+            raise LayoutError(f"pipeline_parallel_size={pipeline} does not divide the {devices} devices")
+        devices //= pipeline
         tensor = self.tensor_parallel_size
         if tensor == "auto":
             tensor, choices["tensor_parallel_size"] = self._auto_tensor(devices, devices_on_host, module, device)
@@ -102,7 +108,7 @@ class Options:
                 f"data_parallel_size={data} × tensor_parallel_size={tensor} = {data * tensor} ranks, and there are "
                 f'{devices} devices; write data_parallel_size="auto" or devices={data * tensor}'
             )
-        return Layout(data=data, tensor=tensor, replicate=self.replicate_size)
+        return Layout(data=data, tensor=tensor, pipeline=pipeline, replicate=self.replicate_size)
 
     def _auto_tensor(
         self, devices: int, devices_on_host: int, module: nn.Module, device: torch.device

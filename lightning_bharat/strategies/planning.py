@@ -27,7 +27,7 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
     """
     given = strategy.options.plan
     warn_unused(strategy)
-    if strategy.layout.tensor == 1:
+    if strategy.layout.tensor == strategy.layout.pipeline == 1:
         if isinstance(given, ModelPlan):
             return given
         if given is not None:
@@ -35,6 +35,11 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
         return structural_plan(module)
     plan = given if isinstance(given, ModelPlan) else _found_by_rank_zero(strategy, trainer, module)
     strategy.layout.check(plan)
+    if strategy.layout.pipeline > 1 and plan.apart:
+        raise PlanError(
+            f"pipeline_parallel_size={strategy.layout.pipeline}: the blocks of {plan.blocks!r} can't lie on different "
+            f"stages: {plan.apart}. Write pipeline_parallel_size=1, and use data_parallel_size or tensor_parallel_size"
+        )
     return plan
 
 

@@ -34,6 +34,7 @@ _OF_OTHERS = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, Transfor
 Groups = Callable[[Tensor], Iterable[dist.ProcessGroup]]
 # By mesh and placements, the groups over which gradients there are divided: a mesh takes long to look one up.
 _Divided: TypeAlias = dict[tuple[DeviceMesh, tuple[Placement, ...]], list[dist.ProcessGroup]]
+Stages = Callable[[], tuple[dist.ProcessGroup | None, Callable[[Tensor], int]]]
 
 
 class AcrossRanks(Precision):
@@ -41,17 +42,19 @@ class AcrossRanks(Precision):
 
     Attributes:
         groups_of: the process groups over which a parameter is divided (beyond what its ``DTensor`` says).
+        stages: the pipeline's ranks, which have other parameters, and how many of them hold one.
         norm_device: where norms are exchanged (``device`` is a name of Lightning's own plugins).
     """
 
     groups_of: Groups
+    stages: Stages
     norm_device: torch.device
 
     @torch.no_grad()
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Scale the gradients of ``optimizer`` so that their norm over all ranks is at most ``clip_val``."""
         parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
-        total = total_norm(parameters, self.groups_of, 2.0, self.norm_device)
+        total = total_norm(parameters, self.groups_of, 2.0, self.norm_device, self.stages())
         scale = (clip_val / (total + 1e-6)).clamp(max=1.0)
         for grads in _by_kind(parameters):
             torch._foreach_mul_(grads, scale.to(grads[0]))
@@ -77,12 +80,12 @@ def refuse_precision(plugin: Precision) -> None:
         )
 
 
-def across_ranks(plugin: P, groups_of: Groups, device: torch.device) -> P:
+def across_ranks(plugin: P, groups_of: Groups, device: torch.device, stages: Stages) -> P:
     """Make ``plugin`` clip and scale over all ranks. All ranks must then take optimizer steps together."""
     if not isinstance(plugin, AcrossRanks):
         kind = type(plugin)
         plugin.__class__ = type(kind.__name__, (AcrossRanks, kind), {})
-    plugin.groups_of, plugin.norm_device = groups_of, device  # type: ignore[attr-defined]
+    plugin.groups_of, plugin.norm_device, plugin.stages = groups_of, device, stages  # type: ignore[attr-defined]
     scaler: Any = getattr(plugin, "scaler", None)
     if scaler is not None:
         agree_after(scaler, _agree)
@@ -98,7 +101,11 @@ def _agree(flags: list[Tensor]) -> None:
 
 @torch.no_grad()
 def total_norm(
-    parameters: Iterable[Tensor], groups_of: Groups, norm_type: float = 2.0, device: torch.device | None = None
+    parameters: Iterable[Tensor],
+    groups_of: Groups,
+    norm_type: float = 2.0,
+    device: torch.device | None = None,
+    stages: tuple[dist.ProcessGroup | None, Callable[[Tensor], int]] = (None, lambda _: 1),
 ) -> Tensor:
     """The ``norm_type``-norm of all gradients as one vector, each element of a whole gradient counted once.
 
@@ -107,27 +114,32 @@ def total_norm(
     Returns:
         0-dimensional, in float32, or float64 where a gradient is.
     """
-    parts: dict[frozenset[dist.ProcessGroup], list[Tensor]] = {}
+    pipeline, copies = stages
+    parts: dict[tuple[int, frozenset[dist.ProcessGroup]], list[Tensor]] = {}
     known: _Divided = {}
     dtype = torch.float32
     for parameter in parameters:
         if parameter.grad is None:
             continue
         grad, groups = _local(parameter.grad, known)
-        parts.setdefault(frozenset((*groups, *groups_of(parameter))), []).append(grad)
+        over = frozenset((*groups, *groups_of(parameter)))
+        parts.setdefault((copies(parameter), over), []).append(grad)
         dtype = torch.promote_types(dtype, grad.dtype)
     device = device or torch.device("cpu")
     sums = {key: _sum_of_powers(grads, norm_type, dtype, device) for key, grads in parts.items()}
     operation = dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM
-    for group in sorted({group for key in sums for group in key}, key=lambda group: group.group_name):
-        inside = [key for key in sums if group in key]
+    for group in sorted({group for _, over in sums for group in over}, key=lambda group: group.group_name):
+        inside = [key for key in sums if group in key[1]]
         packed = torch.stack([sums[key] for key in inside])
         dist.all_reduce(packed, operation, group=group)
         sums.update(zip(inside, packed.unbind(), strict=True))
-    if not sums:
-        return torch.zeros((), dtype=dtype, device=device)
-    every = torch.stack(list(sums.values()))
-    return every.amax() if norm_type == inf else every.sum().pow(1 / norm_type)
+    every = [value if norm_type == inf else value / times for (times, _), value in sums.items()]
+    stacked = torch.stack(every) if every else torch.zeros(1, dtype=dtype, device=device)
+    total = stacked.amax() if norm_type == inf else stacked.sum()
+    if pipeline is not None:
+        total = total.double()  # stages may hold other types
+        dist.all_reduce(total, operation, group=pipeline)
+    return total if norm_type == inf else total.pow(1 / norm_type)
 
 
 def _sum_of_powers(grads: list[Tensor], norm_type: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_bharat.plan.blocks import find_units
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, planning
@@ -24,6 +25,8 @@ from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.recompute import recompute
 from lightning_bharat.strategies.refusals import refuse_gradient_hooks, refuse_module
+from lightning_bharat.strategies.schedule import KINDS
+from lightning_bharat.strategies.stage import keep_own
 from lightning_bharat.strategies.tensor import cut_module
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class Preparation:
     Attributes:
         plan: where the module can be cut. ``None`` for a module that its own ``configure_model`` has cut.
         slices: by full name, which part of a parameter this tensor rank holds.
+        held: by full name, the pipeline stages that hold a parameter.
         cut: ids of the parameters that are such parts.
     """
 
@@ -44,6 +48,7 @@ class Preparation:
         self.module, self.strategy = module, strategy
         self.plan: ModelPlan | None = None
         self.slices: dict[str, TensorSlice] = {}
+        self.held: dict[str, set[int]] = {}
         self._shards: DataShards | None = None
         strategy.model = strategy.precision_plugin.convert_module(module)
         if _is_cut(module):
@@ -68,11 +73,19 @@ class Preparation:
         agreed = "" if given is not None else agree_on_weights(module, device)
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
+        stages = strategy.stage_blocks(self.plan)
         _lightning.show_whole_summary(trainer, module)
         if layout.tensor > 1:
             sequence, loss = (planning.used(strategy, self.plan, name) for name in ("sequence", "loss"))
             assert strategy.tensor_group is not None
-            self.slices = cut_module(module, self.plan, strategy.tensor_group, sequence=sequence, loss=loss)
+            split = layout.pipeline > 1 and KINDS[options.schedule].split_backward
+            self.slices = cut_module(
+                module, self.plan, strategy.tensor_group, sequence, loss, stages=stages, split_backward=split
+            )
+        if layout.pipeline > 1:
+            mine = strategy.stages_of_rank()
+            self.held = keep_own(module, self.plan, stages, mine, device)
+            units = [name for name in units if not any(map(is_elsewhere, module.get_submodule(name).parameters()))]
         self._change_blocks(units)
         if divided:
             self._divide(units)
@@ -112,7 +125,9 @@ class Preparation:
             set_timeout(every, strategy.options.timeout)
             mesh = every["replicate", "shard"]
         options = strategy.options
-        self._shards = DataShards(self.module, mesh, units, options.reshard_after_forward, options.offload)
+        # Between the micro-batches of a pipeline weights stay whole.
+        reshard = False if layout.pipeline > 1 else options.reshard_after_forward
+        self._shards = DataShards(self.module, mesh, units, reshard, options.offload)
         what = f"{len(units)} blocks one at a time, the rest for a whole step" if units else "the whole module at once"
         copies = f" in {layout.replicate} copies" if layout.replicate > 1 else ""
         strategy.choices["data_parallel_size"] = f"{layout.data}: FSDP2{copies} gathers {what}"
@@ -147,6 +162,22 @@ class Preparation:
     def step(self, run: Callable[[], Any], backward: bool) -> Any:
         """Call ``run``, a step of the module, with whole weights."""
         return self._shards.step(run, backward) if self._shards else run()
+
+    def scheduled(self, run: Callable[[], float]) -> None:
+        """Call ``run``, all forward and backward passes of a step, and multiply the gradients by what it returns."""
+        if self._shards:
+            self._shards.scheduled(run)
+            return
+        factor = run()
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def divided_parameters(self) -> list[nn.Parameter]:
+        """The parameters that this rank holds, as optimizers know them."""
+        if self._shards:
+            self._shards.divide()
+        return [parameter for parameter in self.module.parameters() if not is_elsewhere(parameter)]
 
     def after_backward(self) -> None:
         """A backward pass has ended."""

@@ -50,6 +50,16 @@ class Scalars:
                     self._armed.add(id(plain))
                 owner.register_parameter(name, plain)
 
+    def finish(self, factor: float) -> None:
+        """Average the gradients of micro-batches, which no hook may have seen, times ``factor``."""
+        for plain, shown in {id(pair[0]): pair for pair in self._pairs.values()}.values():
+            grad = plain.grad if plain.grad is not None else shown.grad
+            if grad is None:
+                continue
+            plain.grad, shown.grad = (grad.to_local() if isinstance(grad, DTensor) else grad) * factor, None
+            self._reduce(shown, plain)
+        self.divide()
+
     def _pair(self, parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter]:
         if id(parameter) not in self._pairs:
             everywhere = DTensor.from_local(

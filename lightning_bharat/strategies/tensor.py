@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import nn
 
@@ -13,7 +15,13 @@ from lightning_bharat.plan.slicing import Slicer
 
 
 def cut_module(
-    module: nn.Module, plan: ModelPlan, group: dist.ProcessGroup | Peers, sequence: bool = False, loss: bool = False
+    module: nn.Module,
+    plan: ModelPlan,
+    group: dist.ProcessGroup | Peers,
+    sequence: bool = False,
+    loss: bool = False,
+    stages: Sequence[range] = (),
+    split_backward: bool = False,
 ) -> dict[str, TensorSlice]:
     """Cut ``module`` in place over the ranks of ``group``.
 
@@ -23,14 +31,18 @@ def cut_module(
         group: the tensor ranks.
         sequence: divide the hidden state between cuts along the sequence, where ``plan.sequence`` is "".
         loss: keep logits divided along the vocabulary, where ``plan.loss`` is "".
+        stages: the blocks of each pipeline stage, between which the hidden state is whole.
+        split_backward: whether a schedule computes gradients of weights apart from those of hidden states.
 
     Returns:
         By full name, which part of the whole parameter this rank holds; parameters that are not named are whole.
     """
     peers: Peers = ProcessPeers(group) if isinstance(group, dist.ProcessGroup) else group
     slicer = Slicer(peers)
-    flow = Flow(peers, sequence and not plan.sequence, plan.random)
+    flow = Flow(peers, sequence and not plan.sequence, plan.random, split_backward)
     names = plan.block_names(module)
+    stages = stages or [range(len(names))]
+    firsts, lasts = {stage.start for stage in stages}, {stage.stop - 1 for stage in stages}
     for i, (name, kind) in enumerate(zip(names, plan.kinds, strict=True)):
         slicer.block(
             module.get_submodule(name),
@@ -39,7 +51,7 @@ def cut_module(
             plan.summed.get(kind, ()),
             flow,
             plan.hidden,
-            (i == 0, i == len(names) - 1),
+            (i in firsts, i in lasts),
         )
     for cut in plan.outside:
         slicer.outside(module, cut, loss and not plan.loss)

@@ -9,7 +9,9 @@ ranks since the last optimizer step.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,11 +34,13 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         counts: with the node of the loss in autograd's graph, the number of labels that it is a mean over.
+        every: the number of labels of each mean, also of those without a graph.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: list[tuple[Node, Tensor]] = []
+        self.every: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -61,6 +65,7 @@ class _Watch(TorchFunctionMode):
         losses = func(**{name: value for name, value in called.items() if name not in summed}, reduction="none")
         wide = torch.promote_types(losses.dtype, torch.float32)
         mean = (losses.sum(dtype=wide) / count.to(wide).clamp(min=torch.finfo(wide).tiny)).to(losses.dtype)
+        self.every.append(count.detach())
         if mean.grad_fn is not None:
             self.counts.append((mean.grad_fn, count.detach()))
         return mean
@@ -102,6 +107,14 @@ def _count(input: Tensor, target: Tensor, weight: Tensor | None, ignore: int) ->
     return (weight[target.masked_fill(~valid, 0)] * valid).sum(dtype=torch.float64)
 
 
+def _not_counted(found: str) -> TokenWeightError:
+    return TokenWeightError(
+        "token_weighted=True counts labels where the training step calls cross_entropy or nll_loss with "
+        f"reduction='mean', and {found}. Differentiate one such mean in a step (times a constant), without "
+        "other terms, or write token_weighted=False and weigh losses in the step"
+    )
+
+
 # What autograd calls the functions that leave a multiple of a number a multiple of it.
 _MULTIPLES = re.compile(
     "(Mul|Div|Neg|Add|Sub|ToCopy|Clone|View|UnsafeView|Alias|Squeeze|Unsqueeze|Reshape|Expand|Sum|Mean)"
@@ -120,6 +133,32 @@ def _reached(loss: Tensor, nodes: Collection[Node]) -> Node | None:
             return None
         here = varying[0]
     return here
+
+
+@dataclass
+class Labels:
+    """Valid labels in a step.
+
+    Attributes:
+        number: of the one mean cross entropy in the step; ``None`` if there is not exactly one.
+        alone: whether the loss is that mean, times a constant.
+    """
+
+    number: float | None = None
+    alone: bool = False
+
+
+@contextmanager
+def counted_labels(loss_of: Callable[[Any], Tensor]) -> Iterator[Callable[[Any], Labels]]:
+    """Count in here the valid labels of a step; the function that it yields tells those of what the step returned."""
+    watch = _Watch()
+
+    def labels(out: Any) -> Labels:
+        number = float(watch.every[0]) if len(watch.every) == 1 else None
+        return Labels(number, number is not None and _reached(loss_of(out), dict(watch.counts)) is not None)
+
+    with watch:
+        yield labels
 
 
 class TokenWeights:
@@ -161,10 +200,37 @@ class TokenWeights:
             TokenWeightError: ``loss`` is not the mean over labels of a ``cross_entropy`` in this step, or not the first
                 that the step differentiates.
         """
-        mine = self._count_of(loss)
+        weight = self._weigh(self._count_of(loss), divided_by, [p.grad for p in parameters])
+        with torch.enable_grad():
+            return loss * weight.to(loss.dtype)
+
+    @torch.no_grad()
+    def weigh_counted(
+        self, labels: Labels, divided_by: int, gradients: Iterable[Tensor | None], device: torch.device
+    ) -> float:
+        """As :meth:`weigh`, for a batch whose gradients were made of micro-batches.
+
+        Args:
+            labels: of the batch.
+            divided_by: what its gradients were divided by, which is undone.
+            gradients: of earlier passes, to rescale.
+
+        Returns:
+            By what the batch's gradients are to be multiplied.
+
+        Raises:
+            TokenWeightError: they could not be counted.
+        """
+        if not labels.alone:
+            raise _not_counted("its loss is not one" if labels.number is not None else "there is not exactly one")
+        return float(
+            self._weigh(torch.tensor(labels.number, dtype=torch.float64, device=device), divided_by, gradients)
+        )
+
+    def _weigh(self, mine: Tensor, divided_by: int | None, gradients: Iterable[Tensor | None]) -> Tensor:
         everyone = mine.clone()
         dist.all_reduce(everyone, group=self.group)
-        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        grads = [local(grad) for grad in gradients if grad is not None]
         if not grads or self._seen is None:
             self._seen, self._passes = torch.zeros_like(everyone), 0
         total = self._seen + everyone
@@ -175,9 +241,7 @@ class TokenWeights:
             for grad in grads:
                 grad.mul_(share.to(grad.dtype))
         self._seen, self._passes = total, self._passes + 1
-        weight = mine * dist.get_world_size(self.group) * (divided_by or self._passes) * per_label
-        with torch.enable_grad():
-            return loss * weight.to(loss.dtype)
+        return mine * dist.get_world_size(self.group) * (divided_by or self._passes) * per_label
 
     def _count_of(self, loss: Tensor) -> Tensor:
         counts = dict(self._counts)
@@ -186,11 +250,7 @@ class TokenWeights:
             found = "its loss is not a multiple of that" if counts else "there is none"
             if self._weighed:
                 found = "this is the step's second backward pass"
-            raise TokenWeightError(
-                "token_weighted=True counts labels where the training step calls cross_entropy or nll_loss with "
-                f"reduction='mean', and {found}. Differentiate one such mean in a step (times a constant), without "
-                "other terms, or write token_weighted=False and weigh losses in the step"
-            )
+            raise _not_counted(found)
         self._weighed = True
         return counts[node]
 

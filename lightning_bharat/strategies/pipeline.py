@@ -1,0 +1,336 @@
+"""A step of a module over the stages of a pipeline: forward and backward in a schedule, or forward alone as a relay."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.partition import even, stages_of
+from lightning_bharat.strategies import schedule as schedules
+from lightning_bharat.strategies.microbatch import Split, batch_size, parts, split
+from lightning_bharat.strategies.recording import Recorder, replay
+from lightning_bharat.strategies.stage import Stage, StageDone, before_blocks
+from lightning_bharat.strategies.token_weights import Labels, counted_labels
+
+Step = Callable[[Any], Any]
+
+
+class PipelineError(ValueError):
+    """A step that can't be run in a pipeline; the message says what to write."""
+
+
+@dataclass
+class Trained:
+    """What a scheduled step left.
+
+    Attributes:
+        loss: of the whole batch, on all ranks.
+        factor: by which its gradients must be multiplied to be those of the loss, divided as asked.
+        labels: of the batch.
+    """
+
+    loss: Tensor
+    factor: float
+    labels: Labels
+
+
+class Pipeline:
+    """The stages of one rank, and how batches go through them.
+
+    Args:
+        module: cut, with the parameters of other stages elsewhere.
+        plan: of the module.
+        kind: the schedule.
+        group: the pipeline's ranks, in order.
+        device: where this rank computes.
+        microbatches: how many are wanted; ``None``: twice the stages.
+        split: how a batch is divided; ``None``: along its batch dimension.
+        seed: of random numbers in micro-batches, another one for each data rank.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        plan: ModelPlan,
+        kind: schedules.Kind,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        microbatches: int | None,
+        split: Split | None,
+        seed: int,
+    ) -> None:
+        self.module, self.plan, self.kind, self.group, self.device = module, plan, kind, group, device
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.blocks = even(plan.depth, self.ranks * kind.each)
+        mine = stages_of(self.rank, self.ranks, kind.each, kind.placement)
+        self.stages = [Stage(module, plan, i, self.blocks[i]) for i in mine]
+        places = [stages_of(rank, self.ranks, kind.each, kind.placement) for rank in range(self.ranks)]
+        self.rank_of = {stage: rank for rank, stages in enumerate(places) for stage in stages}
+        self.last = self.rank_of[len(self.blocks) - 1]
+        self.microbatches = microbatches or 2 * len(self.blocks)
+        self.split = split
+        self.seed, self.steps = seed, 0
+        self._schedules: dict[tuple, Any] = {}
+        self._shapes: dict[Any, Tensor] = {}
+        self._proven = False
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage is this rank's."""
+        return self.rank == self.last
+
+    # ---- training
+
+    def train(self, step: Step, batch: Any, divided_by: int, scale: Callable[[Tensor], Tensor]) -> Trained:
+        """Forward and backward of ``step`` on all micro-batches; gradients are left in the parameters.
+
+        Args:
+            step: the training step on a batch or a part of it.
+            batch: whole.
+            divided_by: of the loss for the backward pass (batches that are accumulated).
+            scale: of the loss for the backward pass (a gradient scaler's).
+
+        Raises:
+            PipelineError: on all ranks: no single loss, or one that isn't the mean of its micro-batches' losses.
+        """
+        parts = self._split(batch)
+        if not self._proven:
+            self._prove(step, batch, parts)
+        hidden = self._hidden(step, parts[0])
+        recorder, losses, weights, labels = Recorder(self.module), [], [], []
+        self.steps += 1
+
+        def run(mb: int) -> Tensor:
+            self._seed(mb)
+            with recorder.recording(), counted_labels(_loss_of) as count:
+                out = step(parts[mb])
+            loss = _loss_of(out)
+            labels.append(count(out))
+            losses.append(loss.detach())
+            weights.append(_weight(labels[-1], parts[mb], batch))
+            # Near its share of the loss, since 16 bits overflow; exactly its share if all weigh the same.
+            return scale(loss * (weights[-1] / unit()) / (len(parts) * divided_by))
+
+        def unit() -> float:
+            return next((weight for weight in weights if weight), 1.0)
+
+        self._run(run, hidden, len(parts))
+        entries: Any = None
+        if self.is_last:
+            total = sum(weights)
+            loss = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / (total or 1.0)
+            factor = len(parts) * unit() / total if total else 1.0
+            logged = recorder.of_batch(weights if total else [1.0] * len(weights))
+            entries = loss, factor, _of_batch(labels), logged, _not_a_mean(labels, weights)
+        loss, factor, every, logged, problem = self._tell(entries)
+        if problem:
+            raise PipelineError(problem)
+        replay(self.module, logged, self.device)
+        return Trained(loss.to(self.device), factor, every)
+
+    def _run(self, run: Callable[[int], Tensor], hidden: Tensor, number: int) -> None:
+        key = (tuple(hidden.shape), hidden.dtype, number)
+        if key not in self._schedules:
+            self._schedules[key] = schedules.make(
+                self.kind, self.stages, len(self.blocks), hidden.clone(), number, self.group
+            )
+        for stage in self.stages:
+            stage.run = run
+        with _same_random_numbers_after(self.device):
+            try:
+                self._schedules[key].step(
+                    arg_mbs=[()] * number,
+                    kwarg_mbs=[{"mb": i} for i in range(number)],
+                    target_mbs=[None] * number,
+                    return_outputs=False,
+                )
+            except RuntimeError as error:  # torch's words around a person's own error
+                self._schedules.clear()
+                raise _innermost(error) from error
+
+    def _split(self, batch: Any) -> list[Any]:
+        if self.split is not None:
+            return self.split(batch, self.microbatches)
+        return split(batch, parts(batch_size(batch), self.microbatches))
+
+    def _seed(self, mb: int) -> None:
+        """The same random numbers on all stages, and others in each micro-batch and step."""
+        text = f"{self.seed}/{self.steps}/{mb}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 2**63)
+
+    def _hidden(self, step: Step, batch: Any) -> Tensor:
+        """Shape and type of the hidden state of ``batch``, from what runs before the blocks."""
+        key = _shapes(batch)
+        if key not in self._shapes:
+            with before_blocks(self.module, self.plan), _quiet(self.module, self.device), torch.no_grad():
+                try:
+                    step(batch)
+                except StageDone as done:
+                    dtype = getattr(torch, self.plan.wire)
+                    self._shapes[key] = torch.empty(done.hidden.shape, dtype=dtype, device=self.device)
+                else:
+                    raise PipelineError("the step ended before its first block")
+        return self._shapes[key]
+
+    @torch.no_grad()
+    def _prove(self, step: Step, batch: Any, parts: list[Any]) -> None:
+        """A batch's loss is the weighted mean of its micro-batches' losses: compared once, without dropout."""
+        found: list[tuple[float, float]] = []
+        training = {m: m.training for m in self.module.modules()}
+        self.module.eval()
+        try:
+            for part in [batch, *parts]:
+                with _quiet(self.module, self.device), counted_labels(_loss_of) as count:
+                    out = self.relay(step, part)
+                if self.is_last:
+                    found.append((float(_loss_of(out)), _weight(count(out), part, batch)))
+        finally:
+            for m, was in training.items():
+                m.training = was
+        words: str = self._tell(_compared(found, _loss_tolerance(self.plan.wire)) if self.is_last else "")
+        if words:
+            raise PipelineError(words)
+        self._proven = True
+
+    # ---- evaluation
+
+    def relay(self, step: Step, batch: Any) -> Any:
+        """Forward alone: each stage gets the hidden state from the one before.
+
+        Returns:
+            What ``step`` returns on the last stage; ``None`` on other ranks.
+        """
+        hidden, out = self._hidden(step, batch), None
+        for stage in self.stages:
+            stage.run = lambda mb: step(batch)
+            arrived = () if stage.is_first else (self._receive(stage, hidden),)
+            out = stage(*arrived, mb=0)
+            if not stage.is_last:
+                self._send(stage, out)
+        return out if self.is_last else None
+
+    def evaluate(self, step: Step, batch: Any, share: bool) -> Any:
+        """A step of evaluation or prediction; logs on all ranks what it logs.
+
+        Returns:
+            What ``step`` returns; on the last stage alone unless ``share``.
+        """
+        recorder = Recorder(self.module)
+        with recorder.recording():
+            out = self.relay(step, batch)
+        entries = (recorder.of_batch([1.0]), out if share else None) if self.is_last else None
+        logged, told = self._tell(entries)
+        replay(self.module, logged, self.device)
+        return out if self.is_last else told
+
+    def _receive(self, stage: Stage, like: Tensor) -> Tensor:
+        source = self.rank_of[stage.index - 1]
+        if source == self.rank:
+            return self._kept
+        arrived = torch.empty_like(like)
+        dist.recv(arrived, group_src=source, group=self.group)
+        return arrived
+
+    def _send(self, stage: Stage, hidden: Tensor) -> None:
+        target = self.rank_of[stage.index + 1]
+        if target == self.rank:
+            self._kept = hidden
+        else:
+            dist.send(hidden.contiguous(), group_dst=target, group=self.group)
+
+    def _tell(self, value: Any) -> Any:
+        """``value`` of the last stage's rank, on all ranks of the pipeline."""
+        box = [value]
+        dist.broadcast_object_list(box, group_src=self.last, group=self.group, device=self.device)
+        return box[0]
+
+
+def _loss_of(out: Any) -> Tensor:
+    loss = out.get("loss") if isinstance(out, dict) else out
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise PipelineError(
+            f"under a pipeline the training step must return one loss (a tensor, or a dict with 'loss'), and it "
+            f"returned {type(out).__name__}; use pipeline_parallel_size=1 for a step that skips batches"
+        )
+    return loss.reshape(())
+
+
+def _weight(labels: Labels, part: Any, batch: Any) -> float:
+    """How much a micro-batch counts: by valid labels where there is one mean over them, else by samples."""
+    if labels.number is not None:
+        return labels.number
+    with suppress(ValueError):
+        return batch_size(part) / batch_size(batch)
+    return 1.0
+
+
+def _of_batch(parts: list[Labels]) -> Labels:
+    numbers = [part.number for part in parts if part.number is not None]
+    if len(numbers) < len(parts):
+        return Labels()
+    return Labels(sum(numbers), all(part.alone for part in parts))
+
+
+def _not_a_mean(labels: list[Labels], weights: list[float]) -> str:
+    """Why the batch's loss is not the weighted mean of its parts' losses: "" unless a term has other weights."""
+    if all(part.alone for part in labels) or len(set(weights)) == 1:
+        return ""
+    return (
+        "the micro-batches of a batch have different numbers of valid labels, and the loss is more than one cross "
+        "entropy over them: it is not the mean of its micro-batches' losses. Write num_microbatches=1, or give each "
+        "sample the same number of labels"
+    )
+
+
+def _compared(found: list[tuple[float, float]], tolerance: float) -> str:
+    (whole, _), *parts = found
+    total = sum(weight for _, weight in parts)
+    mean = sum(loss * weight for loss, weight in parts) / (total or 1.0)
+    if abs(whole - mean) <= tolerance * max(1.0, abs(whole)) or whole != whole:
+        return ""
+    return (
+        f"the loss of a batch is {whole:.9g}, and the mean of the losses of its {len(parts)} micro-batches {mean:.9g}: "
+        "a pipeline would train with another loss. Write num_microbatches=1, or a step whose loss is a mean over "
+        "samples, or over labels by one cross_entropy"
+    )
+
+
+def _loss_tolerance(dtype: str) -> float:
+    return {"float64": 1e-9, "float32": 1e-4}.get(dtype, 3e-2)
+
+
+def _shapes(batch: Any) -> Any:
+    leaves, spec = torch.utils._pytree.tree_flatten(batch)
+    return str(spec), tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
+
+
+@contextmanager
+def _quiet(module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+    """Nothing is logged, and no random number used up."""
+    with Recorder(module).recording(), _same_random_numbers_after(device):
+        yield
+
+
+@contextmanager
+def _same_random_numbers_after(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_type(device)):
+        yield
+
+
+def _type(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,0 +1,151 @@
+"""Steps under a pipeline in the order of Lightning's loop: gradients made in ``training_step``, given in ``backward``.
+
+Forward and backward passes of micro-batches are mixed by the schedule, so that gradients exist before Lightning's loop
+has cleared the old ones and called its hooks. They are put aside until ``backward``, where every hook finds what it
+finds without a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_bharat.strategies.pipeline import Pipeline, Trained
+from lightning_bharat.strategies.preparation import Preparation
+from lightning_bharat.strategies.schedule import KINDS
+from lightning_bharat.strategies.token_weights import TokenWeights
+
+if TYPE_CHECKING:
+    from lightning_bharat.strategies.hybrid import HybridStrategy
+
+
+class ScheduledSteps:
+    """What a strategy with a pipeline does in its steps.
+
+    Args:
+        strategy: connected, with its layout.
+        prepared: its module.
+    """
+
+    def __init__(self, strategy: HybridStrategy, prepared: Preparation) -> None:
+        assert prepared.plan is not None and strategy.pipeline_group is not None
+        self.strategy, self.prepared, self.module = strategy, prepared, prepared.module
+        if not self.module.automatic_optimization:
+            raise MisconfigurationException(
+                "automatic_optimization=False: under a pipeline the strategy runs the backward passes; "
+                "write pipeline_parallel_size=1"
+            )
+        options, here = strategy.options, strategy.layout.coordinates(strategy.global_rank)
+        self.pipeline = Pipeline(
+            self.module,
+            prepared.plan,
+            KINDS[options.schedule],
+            strategy.pipeline_group,
+            strategy.root_device,
+            options.num_microbatches,
+            options.microbatch_fn,
+            seed=torch.initial_seed() + here["data"],
+        )
+        strategy.choices["pipeline_parallel_size"] = (
+            f"{strategy.layout.pipeline}, schedule {options.schedule}: blocks "
+            + " | ".join(f"{blocks.start}-{blocks.stop - 1}" for blocks in self.pipeline.blocks)
+        )
+        self._shared = SharedGradients(prepared, self.pipeline, strategy.pipeline_group)
+        self._fresh: list[tuple[nn.Parameter, Tensor]] = []
+
+    def train(self, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any], tokens: TokenWeights | None) -> Any:
+        """The training step on micro-batches, with their backward passes.
+
+        Returns:
+            The batch's loss, the same on all ranks of the pipeline.
+        """
+        batch, *rest = args
+        parameters = self.prepared.divided_parameters()
+        earlier = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        divided_by = self.module.trainer.accumulate_grad_batches
+        scaler = getattr(self.strategy.precision_plugin, "scaler", None)
+        scale = scaler.scale if scaler else _same
+        done: Trained | None = None
+
+        def run() -> float:
+            nonlocal done
+            done = self.pipeline.train(lambda part: step(part, *rest, **kwargs), batch, divided_by, scale)
+            if tokens is None:
+                return done.factor
+            return done.factor * tokens.weigh_counted(done.labels, divided_by, earlier, self.strategy.root_device)
+
+        self.prepared.scheduled(run)
+        assert done is not None
+        self._shared.add()
+        self._fresh = [(p, p.grad) for p in parameters if p.grad is not None]
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+        return done.loss
+
+    def backward(self, loss: Tensor, optimizer: Any) -> Tensor:
+        """Lightning's hooks around the gradients that :meth:`train` has made."""
+        strategy, plugin = self.strategy, self.strategy.precision_plugin
+        strategy.pre_backward(loss)
+        loss = plugin.pre_backward(loss, self.module)
+        for parameter, gradient in self._fresh:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._fresh = []
+        loss = plugin.post_backward(loss, self.module)
+        strategy.post_backward(loss)
+        return loss
+
+    def copies(self, parameter: Tensor) -> int:
+        """How many ranks of the pipeline hold ``parameter``."""
+        return self._shared.holders.get(id(parameter), 1)
+
+    def evaluate(self, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any], share: bool) -> Any:
+        """A step of validation, test or prediction. ``share``: all ranks of the pipeline get what it returns."""
+        batch, *rest = args
+
+        def run() -> Any:
+            return self.pipeline.evaluate(lambda part: step(part, *rest, **kwargs), batch, share)
+
+        return self.prepared.step(run, backward=False)
+
+
+class SharedGradients:
+    """Parameters that several stages hold (a tied embedding and head): each gets the sum of all gradients.
+
+    Attributes:
+        holders: id of a parameter -> ranks of the pipeline that hold it, where they are several.
+    """
+
+    def __init__(self, prepared: Preparation, pipeline: Pipeline, group: dist.ProcessGroup) -> None:
+        ranks = {name: sorted({pipeline.rank_of[i] for i in stages}) for name, stages in prepared.held.items()}
+        several = {name: on for name, on in ranks.items() if len(on) > 1}
+        # every pipeline of the mesh makes its groups alike, each among its own ranks
+        self._groups: dict[tuple[int, ...], Any] = {
+            on: dist.new_group([dist.get_global_rank(group, i) for i in on], use_local_synchronization=True)
+            for on in sorted({tuple(on) for on in several.values() if pipeline.rank in on})
+        }
+        parameters = dict(prepared.module.named_parameters(remove_duplicate=False))
+        self._shared = [(parameters[name], tuple(on)) for name, on in sorted(several.items()) if pipeline.rank in on]
+        self.holders = {id(parameter): len(on) for parameter, on in self._shared}
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Sum the gradients. All ranks of the pipeline must call it."""
+        for parameter, on in self._shared:
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grad = parameter.grad
+            dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self._groups[on])
+
+
+def _same(loss: Tensor) -> Tensor:
+    return loss

@@ -1,0 +1,56 @@
+"""An unchanged module over pipeline stages is one process in float64 to 1e-9, gradients included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_bharat.strategies.schedule import KINDS
+from tests.modules import fit, zoo
+from tests.pipelines import DEEP
+from tests.ranks import RanksFailed, run_ranks
+from tests.strategies.test_hybrid import compare
+
+ALL = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2}
+
+
+@pytest.mark.parametrize("module", [name for name in zoo() if name != "stack"])
+def test_two_stages(module: str) -> None:
+    compare(module, 2, {"pipeline_parallel_size": 2}, **ALL)
+
+
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("module", DEEP)
+def test_ways_to_write_a_model(module: str, schedule: str) -> None:
+    compare(module, 2, {"pipeline_parallel_size": 2, "schedule": schedule}, **ALL)
+
+
+@pytest.mark.parametrize("schedule", KINDS)
+def test_schedules(schedule: str) -> None:
+    compare("deep", 2, {"pipeline_parallel_size": 2, "schedule": schedule}, **ALL)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pipeline 4": {"pipeline_parallel_size": 4},
+    "tensor 2 × pipeline 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "data 2 × pipeline 2": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, schedule: str) -> None:
+    if layout == "pipeline 4" and schedule != "1F1B":
+        pytest.skip("four blocks make four stages")
+    compare("deep", 4, {**LAYOUTS[layout], "schedule": schedule}, **ALL)
+
+
+def _saves(folder: str) -> None:
+    fit("nano", {"pipeline_parallel_size": 2}, enable_checkpointing=True, default_root_dir=folder)
+
+
+def test_checkpoints_are_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match="checkpoints under pipeline_parallel_size=2 are not in this version"):
+        run_ranks(_saves, 2, str(tmp_path))
