@@ -39,7 +39,7 @@ class Interval:
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """The median of ``values`` with its exact interval, by order statistics: whatever their distribution, the number of
-    values below the true median is binomial (Hahn and Meeker, Statistical Intervals, 5.2).
+    values below the true median is binomial (Hahn and Meeker, Statistical Intervals, chapter 5).
 
     Raises:
         ValueError: too few values for that confidence (6 for 95 %).

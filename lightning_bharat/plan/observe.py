@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import PlanError, block_list, block_names, kinds_of
 from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.exchange import OnePeer
@@ -164,7 +165,7 @@ def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], 
     buffers = {name: (buffer, buffer._version) for name, buffer in seen.shell.named_buffers()}
     with mode:
         fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, batch)
-        with watch_gathers() as gathers, watch:
+        with watch_gathers() as gathers, watch, Alone():
             out = step(seen.shell, fake)
             watch.finish(out)
     watch.remove()
@@ -192,8 +193,18 @@ def _not_run(blocks: str | None, missing: str) -> str:
     )
 
 
-class _Watch(TorchFunctionMode):
-    """Follows which module runs, what it reads, and answers questions for values that a fake tensor cannot."""
+class Answers(TorchFunctionMode):
+    """Answers questions for values, which a fake tensor can't."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _VALUES and args and isinstance(args[0], Tensor):
+            return _VALUES[name](*args)
+        return func(*args, **(kwargs or {}))
+
+
+class _Watch(Answers):
+    """Follows which module runs and what it reads, as well."""
 
     def __init__(self, seen: Observation) -> None:
         super().__init__()
@@ -302,14 +313,14 @@ class _Watch(TorchFunctionMode):
         self.sources.read(self.sources.of(value, self.inside), by)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
         if name in _VALUES and args and isinstance(args[0], Tensor):
             self._looked_at(args[0])
-            return _VALUES[name](*args)
+            return super().__torch_function__(func, types, args, kwargs)
         if name not in ("__get__", "__set__") and func not in _QUESTIONS:
             self._read(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         self.sources.follow((*args, kwargs), out, in_place, self.inside)
         return out

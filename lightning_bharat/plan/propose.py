@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.model_plan import Column, Cut
-from lightning_bharat.plan.observe import Attention, Call, Observation
+from lightning_bharat.plan.observe import Answers, Attention, Call, Observation
 from lightning_bharat.plan.slicing import features, is_cuttable
 
 # Hugging Face's strings (transformers, `base_model_tp_plan`) and what they say of a module.
@@ -108,7 +109,7 @@ def _feeds(seen: Observation, block: nn.Module, call: Call, allowed: dict[str, s
                 produced[out.grad_fn] = name
 
             handles.append(module.register_forward_hook(note))
-    with seen.mode:
+    with seen.mode, Answers(), Alone():
         call = Call.copied(call.args, call.kwargs)
         args, kwargs = tree_map(_as_leaf, (call.args, call.kwargs))
         block(*args, **kwargs)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointError
 
+from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.cut_modules import Flow
 from lightning_bharat.plan.exchange import Peers, Table, ThreadPeers
 from lightning_bharat.plan.model_plan import Cut
@@ -28,6 +29,7 @@ from lightning_bharat.plan.observe import Call, Observation
 from lightning_bharat.plan.slicing import Slicer
 
 TOLERANCE = 1e-9  # relative to the largest value; float64 rounding of a block is below 1e-12
+SMALLEST = 1e-5  # of a block's largest gradient: below, differences are compared with this
 PATIENCE = 60.0  # seconds for which a thread waits for its peers
 LARGE = 4_000_000  # elements of a weight whose own gradient is not compared, only that of what flows through it
 
@@ -126,11 +128,12 @@ class Sample:
     def _run(self, block: nn.Module) -> _Run:
         """In evaluation mode with gradients and without, and in training mode."""
         block.eval()
-        evaluation = self._pass(block)
-        with torch.no_grad():
-            # torch's own layers take another way here, if nothing watches
-            evaluated = _tensors(block, copy.deepcopy(self.call))
-        return _Run(evaluation, *self._train(block), evaluated)
+        with Alone():
+            evaluation = self._pass(block)
+            with torch.no_grad():
+                # torch's own layers take another way here, if nothing watches
+                evaluated = _tensors(block, copy.deepcopy(self.call))
+            return _Run(evaluation, *self._train(block), evaluated)
 
     def _train(self, block: nn.Module) -> tuple[_Pass, dict[str, Tensor]]:
         """A pass in training mode with its dropout off, and the buffers after it; they are put back."""
@@ -187,6 +190,8 @@ class Sample:
             worst = max(_distance(p.inputs.get(place), whole) for p in passes)
             if worst > TOLERANCE:
                 return f"the gradient of input {place!r} differs by {worst:.1e}"
+        # A gradient that is zero but for rounding (of a bias before a batch norm) has no size of its own.
+        floor = max((float(g.abs().max()) for g in expected.parameters.values() if g.numel()), default=0.0) * SMALLEST
         for name, whole in expected.parameters.items():
             grads = [p.parameters.get(name) for p in passes]
             cut = self.slices.get(f"block.{name}") if len(passes) > 1 else None
@@ -195,10 +200,10 @@ class Sample:
                 if any(p.shape != parts[0].shape for p in parts):
                     return f"the gradient of {name} has another shape on each rank"
                 grads = [cut.join(parts)]
-            if (worst := max(_distance(g, whole) for g in grads)) <= TOLERANCE:
+            if (worst := max(_distance(g, whole, floor) for g in grads)) <= TOLERANCE:
                 continue
             total = sum(g for g in grads if g is not None)
-            if cut is None and isinstance(total, Tensor) and _distance(total, whole) <= TOLERANCE:
+            if cut is None and isinstance(total, Tensor) and _distance(total, whole, floor) <= TOLERANCE:
                 summed[name] = None
                 continue
             return f"the gradient of {name} differs by {worst:.1e}"
@@ -219,12 +224,13 @@ def _tensors(block: nn.Module, call: Call) -> list[Tensor]:
     return [o for o in out if isinstance(o, Tensor) and o.is_floating_point()]
 
 
-def _distance(x: Tensor | None, whole: Tensor) -> float:
-    """Largest difference, relative to the largest value of ``whole``; infinite for another shape or NaN."""
+def _distance(x: Tensor | None, whole: Tensor, floor: float = 0.0) -> float:
+    """Largest difference, relative to the largest value of ``whole`` (at least ``floor``); infinite for another shape
+    or NaN."""
     if x is None or x.shape != whole.shape:
         return float("inf")
     x, whole = (t if t.is_floating_point() else t.double() for t in (x, whole))
-    scale = whole.abs().max().clamp_min(1e-30) if whole.numel() else torch.ones(())
+    scale = whole.abs().max().clamp_min(max(floor, 1e-30)) if whole.numel() else torch.ones(())
     distance = float((x - whole).abs().max() / scale) if whole.numel() else 0.0
     return distance if distance == distance else float("inf")
 

@@ -126,6 +126,19 @@ def materialize(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
 
 
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that are in the ``state_dict`` of ``module``, each once."""
+    for name, part in module.named_modules():
+        for leaf, buffer in part.named_buffers(recurse=False):
+            if leaf not in part._non_persistent_buffers_set:
+                yield f"{name}.{leaf}".lstrip("."), buffer
+
+
+def version(tensor: Tensor) -> int:
+    """A count of the changes in place of ``tensor``."""
+    return tensor._version
+
+
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Whether anything was registered to be called with the gradient of ``parameter``."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +24,20 @@ class Collectives(_Base):
     """Mixed into a strategy whose data ranks are ``data_group``. Before processes are connected, there is one rank."""
 
     data_group: dist.ProcessGroup
+    _is_alone = False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Exchange nothing in here: a dry run of a person's step is on one rank."""
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+
+    @property
+    def _exchanges(self) -> bool:
+        return dist.is_initialized() and not self._is_alone
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """``tensor`` over the ranks of ``group``, as a new tensor; what is not a tensor comes back as it is.
@@ -29,7 +45,7 @@ class Collectives(_Base):
         By default over all ranks, of which tensor peers hold equal values; a sum goes over the data ranks alone, so
         that it counts nothing twice. The mean of whole numbers is a float64.
         """
-        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+        if not isinstance(tensor, Tensor) or not self._exchanges:
             return tensor
         operation = _operation(reduce_op)
         mean = operation == dist.ReduceOp.AVG
@@ -44,7 +60,7 @@ class Collectives(_Base):
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks (``all=False``: any rank) decided so."""
-        if not dist.is_initialized():
+        if not self._exchanges:
             return decision
         flag = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(flag, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
@@ -53,13 +69,13 @@ class Collectives(_Base):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """(data ranks, \\*shape): tensor peers hold the same, so each value comes once."""
         everyone = group is None or group is dist.group.WORLD
-        if not dist.is_initialized():
+        if not self._exchanges:
             return tensor
         return _lightning.all_gather(tensor, self.data_group if everyone else group, sync_grads)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """``obj`` of rank ``src`` on all ranks."""
-        if not dist.is_initialized():
+        if not self._exchanges:
             return obj
         box = [obj]
         dist.broadcast_object_list(box, src)
@@ -67,7 +83,7 @@ class Collectives(_Base):
 
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
-        if dist.is_initialized():
+        if self._exchanges:
             devices = [self.root_device.index] if dist.get_backend() == "nccl" else None
             dist.barrier(device_ids=devices)
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_bharat.plan.layout import Layout
@@ -97,11 +96,6 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         assert self.cluster_environment is not None
         backend = self.options.process_group_backend or _lightning.default_backend(self.root_device)
         _lightning.init_process_group(self.cluster_environment, backend, self.options.timeout, self.root_device)
-        if self._layer_sync is not None and self.world_size > 1:
-            raise MisconfigurationException(
-                "sync_batchnorm=True is not done by bharat_hybrid in this version; leave it out, and write "
-                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(...) around what you build in the module"
-            )
 
     def arrange_ranks(self, module: Any) -> None:
         """Choose the layout, if there is none yet, and make its mesh. All ranks must call it.

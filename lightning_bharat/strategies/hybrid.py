@@ -111,6 +111,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.plan: ModelPlan | None = None
         self.slices: dict[str, TensorSlice] = {}
         self._prepared: Preparation | None = None
+        self._has_stepped = False
         self._tokens: TokenWeights | None = None
         self._pipeline: ScheduledSteps | None = None
 
@@ -192,6 +193,17 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         if batch_idx == 0 and self._prepared is not None:
             self._prepared.refuse_hooks()
 
+    def on_validation_start(self) -> None:
+        self._compare_buffers()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._compare_buffers()
+        return super().lightning_module_state_dict()
+
+    def _compare_buffers(self) -> None:
+        if self._prepared is not None:
+            self._prepared.compare_buffers()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._pipeline:
             return self._pipeline.train(super().training_step, args, kwargs, self._tokens)
@@ -233,6 +245,9 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable, model: Any = None, **kwargs: Any) -> Any:
         out = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if not self._has_stepped:  # soon, and again where buffers are used
+            self._has_stepped = True
+            self._compare_buffers()
         if self._tokens:
             self._tokens.stepped()
         return out

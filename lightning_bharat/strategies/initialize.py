@@ -141,27 +141,43 @@ class Initializer:
             **dict(self.module.named_parameters(remove_duplicate=False)),
             **dict(self.module.named_buffers(remove_duplicate=False)),
         }
-        given = {id(current[name]) for name in self._given if name in current}
-        uses = Counter(map(id, current.values()))
-        starts: dict[int, _Start] = {}
-        done = set[int]()
+        filling = _Filling(current, slices, {id(current[name]) for name in self._given if name in current})
         seed = _seed() if self._leaves else 0
         for leaf in self._leaves:
-            names = {f"{leaf.name}.{own}".lstrip("."): own for own in leaf.missing}
-            here = [name for name in names if not is_elsewhere(current[name])]
-            wanted = [name for name in here if id(current[name]) not in given]
-            whole = leaf.build(seed) if wanted else {}
-            for name in wanted:
-                key, values = id(current[name]), whole[names[name]]
-                if uses[key] > 1:
-                    start = _Start(name, values.float().std(correction=0).item(), values.numel())
-                    starts.setdefault(key, start).refuse_another(start)
-                if key not in done:
-                    fill(current[name], slices.get(name), values)
-                    done.add(key)
+            filling.take(leaf, seed)
         self._leaves.clear()
         if self._given:
             load_weights(self.module, slices, self._given)
+
+
+class _Filling:
+    """Puts what leaves begin with into the pieces of a rank.
+
+    Args:
+        current: the module's tensors by all of their names.
+        slices: which part of a parameter this tensor rank holds.
+        given: ids of those that get their values from elsewhere.
+    """
+
+    def __init__(self, current: dict[str, Tensor], slices: dict[str, TensorSlice], given: set[int]) -> None:
+        self._current, self._slices, self._given = current, slices, given
+        self._uses = Counter(map(id, current.values()))
+        self._tied: dict[int, _Start] = {}
+
+    def take(self, leaf: _Leaf, seed: int) -> None:
+        """Build ``leaf`` and let it go again: no other is there meanwhile."""
+        names = {f"{leaf.name}.{own}".lstrip("."): own for own in leaf.missing}
+        here = [name for name in names if not is_elsewhere(self._current[name])]
+        wanted = [name for name in here if id(self._current[name]) not in self._given]
+        whole = leaf.build(seed) if wanted else {}
+        for name in wanted:
+            target, values = self._current[name], whole[names[name]]
+            if self._uses[id(target)] > 1:
+                start = _Start(name, values.float().std(correction=0).item(), values.numel())
+                if self._tied.setdefault(id(target), start) is not start:
+                    self._tied[id(target)].refuse_another(start)
+                    continue
+            fill(target, self._slices.get(name), values)
 
 
 @dataclass

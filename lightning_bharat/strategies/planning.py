@@ -57,7 +57,8 @@ def _found_by_rank_zero(strategy: HybridStrategy, trainer: pl.Trainer, module: p
 
 def _find(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> dict[str, Any]:
     try:
-        plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
+        with strategy.alone():
+            plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
     except PlanError as error:
         return {"error": str(error)}
     except Exception as error:

@@ -21,6 +21,8 @@ from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, planning
 from lightning_bharat.strategies._torch import set_timeout
 from lightning_bharat.strategies.agreement import agree_on_weights
+from lightning_bharat.strategies.batch_norm import normalize_over_ranks
+from lightning_bharat.strategies.buffers import compare_buffers
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.recompute import recompute
@@ -82,6 +84,8 @@ class Preparation:
             self.slices = cut_module(
                 module, self.plan, strategy.tensor_group, sequence, loss, stages=stages, split_backward=split
             )
+        if layout.data > 1 and (count := normalize_over_ranks(module, strategy.data_group)):
+            choices["batch norm"] = f"statistics over the rows of all data ranks, in {count} modules"
         if layout.pipeline > 1:
             mine = strategy.stages_of_rank()
             self.held = keep_own(module, self.plan, stages, mine, device)
@@ -158,6 +162,11 @@ class Preparation:
         """Refuse gradient hooks that were registered on pieces."""
         parameters = self.module.named_parameters(remove_duplicate=False)
         refuse_gradient_hooks((name, p) for name, p in parameters if isinstance(p, DTensor) or name in self.slices)
+
+    def compare_buffers(self) -> None:
+        """Refuse buffers that data ranks have changed in different ways. All ranks must call it."""
+        if self.strategy.layout.data > 1:
+            compare_buffers(self.module, self.strategy.data_group, self.strategy.root_device)
 
     def step(self, run: Callable[[], Any], backward: bool) -> Any:
         """Call ``run``, a step of the module, with whole weights."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lightning_bharat.strategies._torch import version
 
 MODES = (None, "full", "selective")
 
@@ -34,19 +37,66 @@ def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}  # type: ignore[dict-item]
 
 
+class _Buffers:
+    """What a block's forward pass changes of its buffers (statistics, counts), it must not change again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._changing: set[tuple[nn.Module, str]] | None = None  # not known before the first pass
+
+    def watch(self) -> tuple[list, dict]:
+        """Before a pass: what :meth:`look` compares with, and values to recompute with."""
+        places = [(owner, name) for owner in self._block.modules() for name in owner._buffers]
+        found = [(owner, name, b, version(b)) for owner, name in places if (b := owner._buffers[name]) is not None]
+        kept = [i for i in found if self._changing is None or i[:2] in self._changing]
+        return found, {(owner, name): buffer.clone() for owner, name, buffer, _ in kept}
+
+    def look(self, found: list) -> None:
+        """After a pass."""
+        changed = {(o, name) for o, name, b, v in found if o._buffers[name] is not b or version(b) != v}
+        self._changing = changed | (self._changing or set())
+
+    @contextmanager
+    def as_before(self, values: dict) -> Iterator[None]:
+        """Recompute with the buffers as they were before the pass; afterwards they are as they are now."""
+        now = {}
+        for owner, name in self._changing or ():
+            if (owner, name) in values:
+                now[owner, name], owner._buffers[name] = owner._buffers[name], values[owner, name].clone()
+        try:
+            yield
+        finally:
+            for (owner, name), buffer in now.items():
+                owner._buffers[name] = buffer
+
+
 def recompute(block: nn.Module, mode: str) -> None:
     """Make ``block`` recompute: all of it (``"full"``), or all but matrix products and attention (``"selective"``).
 
     Only ``block.forward`` of this instance is replaced, so that parameters keep their names.
     """
-    forward = block.forward
-    extra: dict[str, Any] = {}
-    if mode == "selective":
-        extra["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    forward, buffers = block.forward, _Buffers(block)
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **extra, **_without_cache(kwargs))
+        found, values = buffers.watch()
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            selective = mode == "selective"
+            first, again = (
+                create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
+            )
+            return first, _both(buffers.as_before(values), again)
+
+        out = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **_without_cache(kwargs))
+        buffers.look(found)
+        return out
 
     block.forward = checkpointed
+
+
+@contextmanager
+def _both(one: AbstractContextManager, other: AbstractContextManager) -> Iterator[None]:
+    with one, other:
+        yield

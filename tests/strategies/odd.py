@@ -268,6 +268,56 @@ class PartlyEvaluated(Pair):
         return self.front(x)
 
 
+class Normalized(Pair):
+    """Batch norms of several kinds, in front of what tensor ranks divide and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.BatchNorm1d(8, momentum=None), nn.BatchNorm1d(4)
+        self.image = nn.BatchNorm2d(2, affine=False, track_running_stats=False)
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.first(self.image(x.view(-1, 2, 2, 2)).flatten(1))
+
+    def after(self, y: Tensor) -> Tensor:
+        return self.last(y)
+
+
+class NormalizedBlock(FusedBlock):
+    def __init__(self, width: int = 48) -> None:
+        super().__init__(width)
+        self.batch_norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch_norm(super().forward(x).transpose(1, 2)).transpose(1, 2)
+
+
+class Centered(Pair):
+    """Remembers the mean of what it returns, and subtracts it."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def after(self, y: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(self.over_ranks(y.detach().mean(0)), 0.1)
+        return y - self.mean
+
+    def over_ranks(self, mean: Tensor) -> Tensor:
+        return mean
+
+
+class CenteredByStrategy(OnVectors):
+    """As the refusal says."""
+
+    def __init__(self, model: Centered) -> None:
+        super().__init__(model)
+        self.model.over_ranks = lambda mean: self.trainer.strategy.reduce(mean)  # type: ignore[method-assign]
+
+
 class Branches(nn.Module):
     """Takes another part of itself in every second step."""
 
@@ -397,6 +447,10 @@ RIGHT: dict[str, Kind] = {
     "int8": (OnVectors, Quantized),
     "empty": (OnVectors, Empty),
     "partly evaluated": (OnVectors, PartlyEvaluated),
+    "compiled": (OnVectors, compiled),
+    "batch norm": (OnVectors, Normalized),
+    "batch norm in blocks": (Odd, lambda: Nano(NormalizedBlock)),
+    "buffer by the strategy": (CenteredByStrategy, Centered),
     "orthogonal": (OnVectors, orthogonal),
     "weight norm": (OnVectors, weight_norm),
     "spectral norm": (OnVectors, spectral_norm),
@@ -421,7 +475,6 @@ RIGHT_OVER_DATA: dict[str, Kind] = {
     "single linear": (OnVectors, single_linear),
     "bilinear": (OnVectors, bilinear),
     "old weight norm": (OnVectors, old_weight_norm),
-    "compiled": (OnVectors, compiled),
     "lstm": (Odd, Recurrent),
 }
 
@@ -430,6 +483,7 @@ DATA, TENSOR = "data", "tensor"
 REFUSED: dict[str, tuple[Kind, tuple[str, ...], str, dict[str, Any]]] = {
     "gradient hook": ((OnVectors, hooked_gradients), (DATA, TENSOR), r"model.net.0.weight has a hook .*p\.grad", {}),
     "later hook": ((HooksLater, Stack), (DATA, TENSOR), r"model.net.0.weight has a hook on its gradient", {}),
+    "buffer": ((OnVectors, Centered), (DATA,), r"buffer model.mean is not the same on all data ranks: .*reduce", {}),
     "max_norm": ((Odd, LimitedNorm), (DATA,), r"model.token \(Embedding\) has max_norm=1.0.*F.normalize", {}),
     "sparse": ((Odd, Sparse), (DATA, TENSOR), r"model.token \(Embedding\) has sparse gradients.*sparse=False", {}),
     "complex": ((OnVectors, Complex), (DATA, TENSOR), r"model.phase is torch.complex64: .*torch.complex\(real", {}),

@@ -6,13 +6,16 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.modules import Result, Trained, assert_equal, fit, zoo
+from lightning_bharat import HybridStrategy
+from tests.modules import Result, Rows, Trained, assert_equal, fit, zoo
 from tests.plan.models import VOCABULARY, Nano
 from tests.ranks import RanksFailed, run_ranks
 
@@ -289,3 +292,54 @@ def test_what_does_not_say_how_it_begins_is_refused_by_name() -> None:
         assert REFUSED[name][1] in words
     with pytest.raises(RanksFailed, match="nothing says how scale begin"):
         run_ranks(begun, 4, {"tensor_parallel_size": 2}, {"nano": REFUSED["silent"][0]}, True)
+
+
+# ---- memory
+
+
+LEAF, LEAVES = 2**23, 24  # bytes, number
+
+
+class Wide(Trained):
+    """Blocks on meta of which each has one large leaf."""
+
+    rows_of = "stack"
+
+    def __init__(self) -> None:
+        super().__init__("stack")
+        self.lift = nn.Linear(8, 1024)
+        with torch.device("meta"):
+            side = int((LEAF / 4) ** 0.5)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(side, side, bias=False)) for _ in range(LEAVES))
+
+
+def peak() -> tuple[int, int]:
+    """Bytes that this rank's memory grew by at most while it made the module ready, and those of its pieces."""
+    made = Wide()
+    memory: dict[str, int] = {}
+
+    class Watched(HybridStrategy):
+        def setup(self, trainer: Any) -> None:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+            memory["before"] = resident("VmHWM")
+            super().setup(trainer)
+            memory["peak"] = resident("VmHWM")
+
+    def resident(what: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+        return int(line.split()[1]) * 1024
+
+    trainer = L.Trainer(
+        strategy=Watched(), devices=4, accelerator="cpu", max_steps=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(made, Rows("stack", 8, 1, 4, int(os.environ["RANK"]), False))
+    pieces = sum(p.to_local().numel() * p.element_size() for p in made.blocks.parameters())
+    return memory["peak"] - memory["before"], pieces
+
+
+def test_no_rank_holds_more_than_its_pieces_and_a_leaf() -> None:
+    """And what collectives, the mesh and the pages that a fork copies take: far less than the module, which is 192 MB."""
+    for grown, pieces in run_ranks(peak, 4):
+        assert pieces == pytest.approx(LEAF * LEAVES // 4, rel=1e-3)
+        assert grown < pieces + 6 * LEAF

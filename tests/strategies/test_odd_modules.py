@@ -40,6 +40,13 @@ def test_tensor_ranks_equal_one_process(name: str) -> None:
         assert_equal(found, one_process(name))
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_what_a_block_does_to_its_buffers_it_does_once_though_it_is_computed_twice(mode: str) -> None:
+    name = "batch norm in blocks"
+    for found in run_ranks(train, 2, name, {"activation_checkpointing": mode}):
+        assert_equal(found, one_process(name))
+
+
 @pytest.mark.parametrize("name", RIGHT_OVER_DATA)
 def test_tensor_ranks_refuse_what_has_no_cut(name: str) -> None:
     with pytest.raises(RanksFailed, match="[Ww]rite tensor_parallel_size=1|use tensor_parallel_size=1") as failed:
@@ -55,3 +62,9 @@ def test_what_would_go_wrong_is_refused_by_name(name: str, axis: str) -> None:
     outcomes = failed.value.outcomes
     assert len({(outcome.error, outcome.message) for outcome in outcomes}) == 1
     assert sum(outcome.output.count(outcome.message) for outcome in outcomes) == 1  # printed by one rank
+
+
+def test_synchronized_batch_norm_is_what_there_is_anyway() -> None:
+    name = "batch norm"
+    for found in run_ranks(train_with, 2, name, {}, {"sync_batchnorm": True}):
+        assert_equal(found, one_process(name))
