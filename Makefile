@@ -16,7 +16,7 @@ test bench: export OMP_NUM_THREADS := 1
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
-	@echo 'make demo: not written yet; see docs/features.md' >&2; exit 1
+	$(BIN)/python -m examples.demo
 
 test: lint
 	$(BIN)/python -m pytest

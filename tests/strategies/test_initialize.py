@@ -339,7 +339,7 @@ def peak() -> tuple[int, int]:
 
 
 def test_no_rank_holds_more_than_its_pieces_and_a_leaf() -> None:
-    """And what collectives, the mesh and the pages that a fork copies take: far less than the module, which is 192 MB."""
+    """And what collectives, the mesh and the pages that a fork copies take. The whole module has 192 megabytes."""
     for grown, pieces in run_ranks(peak, 4):
         assert pieces == pytest.approx(LEAF * LEAVES // 4, rel=1e-3)
         assert grown < pieces + 6 * LEAF
