@@ -17,6 +17,7 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -56,6 +57,17 @@ def all_gather(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
 def set_device(module: nn.Module, device: torch.device) -> None:
     """Make ``module.device`` say ``device``, without moving anything."""
     _update_properties(module, device=device)
+
+
+def step_and_source(trainer: pl.Trainer) -> tuple[str, Any]:
+    """The step that the trainer is about to run, and where its loader comes from."""
+    loops: dict[Any, tuple[str, Any]] = {
+        TrainerFn.VALIDATING: ("validation_step", trainer.validate_loop),
+        TrainerFn.TESTING: ("test_step", trainer.test_loop),
+        TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
+    }
+    name, loop = loops.get(trainer.state.fn, ("training_step", trainer.fit_loop))
+    return name, loop._data_source
 
 
 def use_no_grad(trainer: pl.Trainer) -> None:

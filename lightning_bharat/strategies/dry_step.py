@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_bharat.strategies import _lightning
+
 
 class _Silent:
     """Stands for optimizers and schedulers: takes every call, does nothing."""
@@ -31,17 +33,19 @@ def dry_step(trainer: pl.Trainer) -> Callable[[Any, Any], Any]:
     def step(copy: pl.LightningModule, batch: Any) -> Any:
         copy._trainer = trainer
         _silence(copy)
-        parameters = inspect.signature(copy.training_step).parameters
+        called = getattr(copy, _lightning.step_and_source(trainer)[0])
+        parameters = inspect.signature(called).parameters
         kwargs = {"batch_idx": 0} if "batch_idx" in parameters else {}
-        positional = [batch] + ([0] if not kwargs and len(parameters) > 1 else [])
-        return copy.training_step(*positional, **kwargs)
+        named = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        positional = [batch] + ([0] if not kwargs and len(named) > 1 else [])
+        return called(*positional, **kwargs)
 
     return step
 
 
 def _silence(copy: pl.LightningModule) -> None:
+    object.__setattr__(copy, "log", _logged)
     for name in (
-        "log",
         "log_dict",
         "print",
         "manual_backward",
@@ -64,6 +68,12 @@ def _silence(copy: pl.LightningModule) -> None:
             object.__setattr__(module, "forward", lambda *args, **kwargs: torch.zeros(()))
 
 
+def _logged(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    """Whatever is logged is looked at."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value.item()
+
+
 def _count_optimizers(copy: pl.LightningModule) -> int:
     """How many optimizers a step that optimizes by hand will ask for."""
     if copy.automatic_optimization:
@@ -75,12 +85,12 @@ def _count_optimizers(copy: pl.LightningModule) -> int:
 
 
 def first_batch(trainer: pl.Trainer) -> Any:
-    """A batch as the training loader would give it, without starting its workers or moving its sampler.
+    """A batch as the loader of the loop that runs would give it, without starting its workers or moving its sampler.
 
     Raises:
         ValueError: there is no loader to take one from.
     """
-    loader = _training_loader(trainer)
+    loader = _loader(trainer)
     dataset = getattr(loader, "dataset", None)
     size = getattr(loader, "batch_size", None) or 2
     if (
@@ -90,26 +100,26 @@ def first_batch(trainer: pl.Trainer) -> Any:
     ):
         count = min(size, len(dataset))  # type: ignore[arg-type]
         if not count:
-            raise ValueError("the training dataset is empty: there is no batch to observe a step with")
+            raise ValueError("the dataset is empty: there is no batch to observe a step with")
         whole = loader.batch_sampler is None  # batch_size=None: the dataset's items are batches
         items = dataset[0] if whole else [dataset[i] for i in range(count)]  # type: ignore[index]
         return loader.collate_fn(items)
     batches = iter(loader)
     if batches is loader:
         raise ValueError(
-            f"the training loader is a {type(loader).__name__} that can be gone through once only, and its first batch "
+            f"the loader is a {type(loader).__name__} that can be gone through once only, and its first batch "
             "is needed to see what a step does; give an object whose __iter__ starts anew"
         )
     batch = next(batches, None)
     if batch is None:
-        raise ValueError("the training loader gives no batch: there is none to observe a step with")
+        raise ValueError("the loader gives no batch: there is none to observe a step with")
     return batch
 
 
-def _training_loader(trainer: pl.Trainer) -> Any:
-    loader = trainer.fit_loop._data_source.dataloader()
+def _loader(trainer: pl.Trainer) -> Any:
+    loader = _lightning.step_and_source(trainer)[1].dataloader()
     while isinstance(loader, (dict, list, tuple)) and len(loader):
         loader = next(iter(loader.values())) if isinstance(loader, dict) else loader[0]
     if loader is None or isinstance(loader, Tensor):
-        raise ValueError("there is no training loader to observe a step with")
+        raise ValueError("there is no loader to observe a step with")
     return loader

@@ -239,7 +239,7 @@ def empty(strategy: dict[str, Any]) -> int:
 
 def test_an_empty_dataset_trains_nothing_and_is_no_plan() -> None:
     assert run_ranks(empty, 2, {}) == [0, 0]
-    with pytest.raises(RanksFailed, match="the training dataset is empty: there is no batch to observe a step with"):
+    with pytest.raises(RanksFailed, match="the dataset is empty: there is no batch to observe a step with"):
         run_ranks(empty, 2, TENSOR)
 
 
