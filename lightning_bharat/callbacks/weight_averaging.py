@@ -79,8 +79,8 @@ class WeightAveraging(Callback):
         layout = getattr(trainer.strategy, "layout", None)
         if layout is not None and layout.pipeline > 1:
             raise MisconfigurationException(
-                f"{type(self).__name__} under pipeline_parallel_size={layout.pipeline} is not in this version; leave it "
-                "out, or write pipeline_parallel_size=1"
+                f"{type(self).__name__} under pipeline_parallel_size={layout.pipeline} is not in this version; "
+                "leave it out, or write pipeline_parallel_size=1"
             )
         if stage == "fit":
             self._averages = None
