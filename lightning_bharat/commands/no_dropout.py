@@ -26,6 +26,7 @@ _DROPOUTS = {
     torch.feature_alpha_dropout,
     torch.feature_alpha_dropout_,
 }
+_DROPPING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _PLACE_IN_ATTENTION = 4  # scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, ...)
 
 
@@ -55,8 +56,8 @@ class NoDropout(TorchFunctionMode):
     def switch_off(self, module: nn.Module) -> None:
         """Set the rates of torch's own modules to 0, for those that hand them to other functions than the above."""
         for part in module.modules():
-            rate = "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout"
-            if isinstance(part, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)):
+            rate = "p" if isinstance(part, _DROPPING) else "dropout"
+            if isinstance(part, (*_DROPPING, nn.MultiheadAttention, nn.RNNBase)):
                 self.met |= bool(getattr(part, rate))
                 setattr(part, rate, 0.0)
 

@@ -19,7 +19,7 @@ class Alone(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
             raise PlanError(
-                f"the training step exchanges with other ranks ({func.namespace}.{func._opname}), and what it does is "
+                f"the training step exchanges with other ranks ({func.overloadpacket}), and what it does is "
                 "seen on one. Exchange by the strategy (self.trainer.strategy.reduce(value), self.all_gather(value)), "
                 "or write tensor_parallel_size=1"
             )

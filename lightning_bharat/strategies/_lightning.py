@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["NOT_AN_ERROR", "SubprocessLauncher"]
 
@@ -57,6 +58,16 @@ def all_gather(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
 def set_device(module: nn.Module, device: torch.device) -> None:
     """Make ``module.device`` say ``device``, without moving anything."""
     _update_properties(module, device=device)
+
+
+def give_mesh(module: pl.LightningModule, mesh: DeviceMesh) -> None:
+    """For a ``configure_model`` that was written for Lightning's ``ModelParallelStrategy``."""
+    module._device_mesh = mesh
+
+
+def attach(module: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Make ``module.trainer`` say ``trainer``, and change nothing in either."""
+    module._trainer = trainer
 
 
 def step_and_source(trainer: pl.Trainer) -> tuple[str, Any]:

@@ -139,6 +139,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows ``tensor`` as a view of another one."""
+    return tensor._is_view()
+
+
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Whether anything was registered to be called with the gradient of ``parameter``."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -31,7 +31,7 @@ def dry_step(trainer: pl.Trainer) -> Callable[[Any, Any], Any]:
     """
 
     def step(copy: pl.LightningModule, batch: Any) -> Any:
-        copy._trainer = trainer
+        _lightning.attach(copy, trainer)
         _silence(copy)
         called = getattr(copy, _lightning.step_and_source(trainer)[0])
         parameters = inspect.signature(called).parameters

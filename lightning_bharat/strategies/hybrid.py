@@ -128,7 +128,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         assert self.watch is not None
         self.watch.rank_name = self.layout.name
         across_ranks(self.precision_plugin, self._groups_of, self.root_device, self._stages)
-        module._device_mesh = self.device_mesh  # for a configure_model written for Lightning's ModelParallelStrategy
+        _lightning.give_mesh(module, self.device_mesh)
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import even, stages_of
@@ -309,7 +310,7 @@ def _loss_tolerance(dtype: str) -> float:
 
 
 def _shapes(batch: Any) -> Any:
-    leaves, spec = torch.utils._pytree.tree_flatten(batch)
+    leaves, spec = tree_flatten(batch)
     return str(spec), tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
 
 

@@ -19,6 +19,7 @@ from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.elsewhere import elsewhere, is_elsewhere
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import holders
+from lightning_bharat.strategies._torch import is_view
 
 
 class StageDone(BaseException):
@@ -202,4 +203,4 @@ def _sent(hidden: Tensor) -> Tensor:
         return hidden
     if not hidden.requires_grad:
         return hidden.detach().requires_grad_()
-    return hidden.clone() if hidden._is_view() else hidden
+    return hidden.clone() if is_view(hidden) else hidden

@@ -1,0 +1,443 @@
+"""Private names of Lightning and torch: they stand in two files, or in a short list, and mean what is relied on.
+
+When a test here fails after an upgrade, its words say which name moved or changed and what the package asks of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from pkgutil import walk_packages
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities import device_dtype_mixin, distributed, init
+from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import exceptions
+from lightning.pytorch.utilities.model_summary import summarize
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.utils import checkpoint
+
+import lightning_bharat
+from tests.ranks import run_ranks
+
+PACKAGE = Path(lightning_bharat.__file__).parent
+THE_TWO = ("strategies/_lightning.py", "strategies/_torch.py")
+
+# What other files may use: torch has no public name for it, and much outside of torch is built on it.
+EVERYWHERE = {
+    "_parameters": "the registries of nn.Module, which nn.Module's own documentation of its hooks speaks of",
+    "_buffers": "",
+    "_modules": "",
+    "_foreach_mul_": "in torch's documentation: one kernel for a list of tensors",
+    "_foreach_clamp_min_": "",
+    "_foreach_clamp_max_": "",
+    "_foreach_norm": "",
+    "_pytree": "trees of tensors, as every transform of torch takes them",
+    "_python_dispatch": "TorchDispatchMode, with which torch's documentation shows how to see all operators",
+    "_subclasses": "FakeTensorMode, of torch's documentation on fake tensors",
+    "_version": "in torch's notes on autograd: how often a tensor was changed in place",
+    "_make_wrapper_subclass": "what tensor subclasses are made with",
+    "_C": "DisableTorchFunctionSubclass, of torch's notes on extending it",
+    "_c10d_functional": "by these names of their libraries collectives are known among all operators",
+    "_c10d_functional_autograd": "",
+    "_assert_async": "an assert that does not wait for the device",
+    "_scaled_dot_product_flash_attention": "the operators behind scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu": "",
+    "_scaled_dot_product_efficient_attention": "",
+    "_scaled_dot_product_cudnn_attention": "",
+    "_reset_parameters": "nn.Transformer's and nn.MultiheadAttention's, beside the others' reset_parameters",
+    "_init_weights": "transformers': each of its models has one",
+    "_tp_plan": "transformers': where its authors cut a model",
+}
+
+# Private names of Lightning's classes that classes of this package set or override, on purpose.
+INHERITED = {"_configure_launcher", "_launcher", "_precision_plugin"}
+
+# Attributes that the two files give to objects of torch's.
+OURS = {"_agrees"}
+
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def relied_on(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Registers a check of private names, whose docstring says what is asked of them."""
+
+    def register(check: Callable[[], None]) -> Callable[[], None]:
+        CHECKS.update(dict.fromkeys(names, check))
+        return check
+
+    return register
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def files() -> dict[str, ast.Module]:
+    return {p.relative_to(PACKAGE).as_posix(): ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """The names that a file gives to functions, classes, variables and attributes of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is(node.value, "self", "cls"):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "self.__dict__.update":
+            yield from (keyword.arg for keyword in node.keywords if keyword.arg)
+
+
+def _is(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def used(tree: ast.AST) -> Iterator[str]:
+    """The private names that a file takes from elsewhere: of imported modules, attributes, and strings that name one.
+
+    What stands on a module of the standard library (``os._exit``) is not meant.
+    """
+    standard = set()
+    in_text = {id(part) for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for part in text.values}
+    for node in ast.walk(tree):
+        if id(node) in in_text:
+            continue
+        if isinstance(node, ast.Import):
+            standard |= {alias.name for alias in node.names if alias.name in sys.stdlib_module_names}
+            parts = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom):
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            parts = [] if parts[0] in ("__future__", PACKAGE.name) or parts[0] in sys.stdlib_module_names else parts
+        elif isinstance(node, ast.Attribute):
+            parts = [] if _is(node.value, *standard) else [node.attr]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = [node.value] if re.fullmatch(r"_[a-zA-Z]\w*", node.value) else []
+        else:
+            continue
+        yield from filter(is_private, parts)
+
+
+def foreign(tree: ast.Module, everyone_s: set[str]) -> set[str]:
+    return {name for name in used(tree) if name not in everyone_s or name in EVERYWHERE or name in CHECKS}
+
+
+def own_names(trees: dict[str, ast.Module]) -> set[str]:
+    """Those that this package gives, anywhere in it."""
+    return {name for tree in trees.values() for name in defined(tree)}
+
+
+def test_the_rule_sees_what_it_forbids() -> None:
+    text = """
+import os
+import torch.distributed._shard
+from torch._inductor import config
+from lightning.fabric import _thing
+from lightning_bharat.strategies._torch import Root
+class Own:
+    def _method(self): ...
+def use(x, own):
+    os._exit(1)
+    self._set = x._hidden
+    getattr(x, "_named")
+    own._method(x._deep[0]._deeper(), __name__, x.__dict__)
+    self._inherited
+"""
+    tree = ast.parse(text)
+    found = foreign(tree, set(defined(tree)))
+    assert found == {"_shard", "_inductor", "_thing", "_hidden", "_named", "_deep", "_deeper", "_inherited"}
+
+
+def test_private_names_stand_in_two_files_or_in_the_list() -> None:
+    trees = files()
+    own = own_names(trees)
+    allowed = set(EVERYWHERE) | INHERITED
+    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_TWO}
+    found = {name: private for name, private in found.items() if private}
+    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_TWO)}: {found}"
+
+
+def test_nothing_in_the_list_is_left_over() -> None:
+    everything = {name for tree in files().values() for name in used(tree)}
+    assert set(EVERYWHERE) <= everything, set(EVERYWHERE) - everything
+
+
+def own_classes() -> Iterator[type]:
+    for module in walk_packages([str(PACKAGE)], f"{PACKAGE.name}."):
+        for kind in vars(import_module(module.name)).values():
+            if isinstance(kind, type) and kind.__module__ == module.name:
+                yield kind
+
+
+def private_of(kind: type) -> set[str]:
+    """Private methods of a class, and private attributes that its source sets on ``self``."""
+    try:
+        text = inspect.getsource(kind)
+    except (OSError, TypeError):  # written in C, or made at run time
+        return set()
+    assigned = set(re.findall(r"\bself\.(_[a-zA-Z]\w*)(?:: [^=\n]*)? = ", text))
+    methods = {name for name in vars(kind) if name in text}  # and not what a metaclass adds
+    return {name for name in methods | assigned if is_private(name)}
+
+
+def test_no_class_takes_a_private_name_that_a_class_it_extends_has() -> None:
+    """An upgrade may give Lightning's strategy an attribute that ours has already: one would overwrite the other."""
+    taken: dict[str, set[str]] = {}
+    seen: set[str] = set()
+    for kind in own_classes():
+        for base in kind.__mro__[1:]:
+            if base.__module__.split(".")[0] in ("lightning", "torch"):
+                both = private_of(kind) & private_of(base) - set(EVERYWHERE)
+                seen |= both & INHERITED
+                if both - INHERITED:
+                    taken[f"{kind.__qualname__}, which extends {base.__qualname__}"] = both - INHERITED
+    assert not taken
+    assert seen == INHERITED, "not taken any more, or not found any more"
+
+
+def test_every_private_name_of_the_two_files_is_checked_below() -> None:
+    trees = files()
+    own = own_names(trees)
+    found = {name for file in THE_TWO for name in foreign(trees[file], own)} - OURS
+    assert found - set(CHECKS) == set(), "write a check: that it exists, and means what is relied on"
+    assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
+
+
+# ---- Lightning's
+
+
+@relied_on("_update_properties")
+def device_is_said() -> None:
+    """_update_properties(module, device=...) changes what module.device says, and moves nothing."""
+    module = BoringModel()
+    device_dtype_mixin._update_properties(module, device=torch.device("meta"))
+    assert module.device.type == "meta" and not module.layer.weight.is_meta
+
+
+@relied_on("_get_default_process_group_backend_for_device", "_init_dist_connection", "_all_gather_ddp_if_available")
+def groups_are_made() -> None:
+    """Lightning's functions make the process group with a time-out and a device, and gather from a group."""
+    backend = distributed._get_default_process_group_backend_for_device
+    assert (backend(torch.device("cpu")), backend(torch.device("cuda"))) == ("gloo", "nccl")
+    environment, limit = LightningEnvironment(), timedelta(seconds=1)
+    signature(distributed._init_dist_connection).bind(environment, "gloo", timeout=limit, device_id=None)
+    signature(distributed._all_gather_ddp_if_available).bind(torch.ones(1), group=None, sync_grads=True)
+
+
+@relied_on("_materialize_distributed_module")
+def meta_gets_memory() -> None:
+    """_materialize_distributed_module(module, device) gives memory, and values by reset_parameters."""
+    with torch.device("meta"):
+        module = nn.Linear(2, 2)
+    init._materialize_distributed_module(module, torch.device("cpu"))
+    assert not module.weight.is_meta and module.weight.abs().max() < 1
+
+
+@relied_on("_SubprocessScriptLauncher")
+def launcher_calls_the_function() -> None:
+    """_SubprocessScriptLauncher(environment, processes, nodes).launch(function, *args, trainer=...) calls it."""
+    launcher = subprocess_script._SubprocessScriptLauncher(LightningEnvironment(), 1, 1)
+    assert launcher.launch(lambda *args: args, 1, 2, trainer=None) == (1, 2)
+    launcher.kill(15)
+
+
+@relied_on("_TunerExitException")
+def tuner_leaves_by_it() -> None:
+    """The tuner leaves a trainer by an exception that is no error."""
+    assert issubclass(exceptions._TunerExitException, Exception)
+    from lightning.pytorch.callbacks import lr_finder
+
+    assert "raise _TunerExitException" in inspect.getsource(lr_finder)
+
+
+@relied_on("_data_source")
+def loops_know_their_loaders() -> None:
+    """Each loop has a _data_source, whose dataloader() is the person's."""
+    trainer = L.Trainer(barebones=True)
+    loader = BoringModel().train_dataloader()
+    for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop._data_source.instance = loader
+        assert loop._data_source.dataloader() is loader
+
+
+@relied_on("_throughputs")
+def throughput_is_counted_by_stage() -> None:
+    """ThroughputMonitor has a Throughput with a world_size for each stage."""
+    trainer, monitor = L.Trainer(barebones=True), ThroughputMonitor(batch_size_fn=len)
+    trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.TRAINING
+    monitor.setup(trainer, BoringModel(), "fit")
+    assert monitor._throughputs and all(t.world_size == 1 for t in monitor._throughputs.values())
+
+
+@relied_on("_max_depth", "_summary", "_get_summary_data")
+def summaries_are_asked_for() -> None:
+    """ModelSummary._summary(trainer, module) returns what has _get_summary_data() and the totals."""
+    callback = ModelSummary(max_depth=3)
+    assert callback._max_depth == 3
+    signature(callback._summary).bind(None, None)
+    assert "self._summary(trainer, pl_module)" in inspect.getsource(ModelSummary.on_fit_start)
+    data = dict(summarize(BoringModel(), max_depth=1)._get_summary_data())
+    assert data["Name"] == ["layer"] and data["Params"][0].strip() == "66"
+
+
+@relied_on("_device_mesh", "_trainer")
+def modules_know_mesh_and_trainer() -> None:
+    """LightningModule.device_mesh and .trainer say what stands in _device_mesh and _trainer."""
+    module: Any = BoringModel()
+    module._device_mesh, module._trainer = mesh, trainer = object(), L.Trainer(barebones=True)
+    assert module.device_mesh is mesh and module.trainer is trainer
+
+
+# ---- torch's
+
+
+@relied_on("_apply")
+def tensors_are_replaced() -> None:
+    """Module._apply(function) replaces all parameters and buffers by what the function returns."""
+    with torch.device("meta"):
+        module = nn.BatchNorm1d(2)
+    module._apply(lambda t: torch.zeros_like(t, device="cpu"))
+    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+@relied_on("_non_persistent_buffers_set")
+def buffers_that_are_not_saved() -> None:
+    """Module._non_persistent_buffers_set has the names of buffers that state_dict leaves out."""
+    module = nn.Module()
+    module.register_buffer("saved", torch.ones(1))
+    module.register_buffer("left", torch.ones(1), persistent=False)
+    assert module._non_persistent_buffers_set == {"left"} and list(module.state_dict()) == ["saved"]
+
+
+@relied_on("_version", "_is_view", "_base")
+def tensors_know_changes_and_views() -> None:
+    """Tensor._version counts changes in place; _is_view() and _base know of what it is a view."""
+    tensor = torch.ones(2)
+    before = tensor._version
+    tensor.add_(1)
+    assert tensor._version == before + 1
+    part = tensor[:1]
+    assert part._is_view() and part._base is tensor and tensor._base is None and not tensor._is_view()
+
+
+@relied_on("_backward_hooks", "_post_accumulate_grad_hooks")
+def hooks_on_gradients_are_seen() -> None:
+    """Tensor._backward_hooks and _post_accumulate_grad_hooks are empty or None until a hook is registered."""
+    one, two = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    assert not one._backward_hooks and not two._post_accumulate_grad_hooks
+    one.register_hook(lambda grad: grad)
+    two.register_post_accumulate_grad_hook(lambda parameter: None)
+    assert one._backward_hooks and two._post_accumulate_grad_hooks
+
+
+@relied_on("_found_inf_per_device", "_check_inf_per_device")
+def scaler_has_flags() -> None:
+    """GradScaler writes a flag a device, by unscale_ and by _check_inf_per_device, and step reads the same tensors."""
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu")
+    parameter.grad = scaler.scale(torch.ones(1))
+    scaler.unscale_(optimizer)
+    (flag,) = scaler._found_inf_per_device(optimizer).values()
+    assert flag.ndim == 0 and flag == 0
+    flag.fill_(1)
+    scaler.step(optimizer)
+    assert parameter == 1, "a step was made although the flag says that a gradient is not finite"
+    assert [flag.ndim for flag in scaler._check_inf_per_device(optimizer).values()] == [0]
+    assert "self._check_inf_per_device(optimizer)" in inspect.getsource(scaler.step), "called by fused optimizers"
+
+
+@relied_on("_C", "_autograd", "_top_saved_tensors_default_hooks")
+def recomputation_is_seen() -> None:
+    """Inside torch.utils.checkpoint, the hooks on saved tensors are those of its own _checkpoint_hook."""
+
+    def seen(x: Tensor) -> Tensor:
+        names.append(torch._C._autograd._top_saved_tensors_default_hooks(False)[0].__qualname__)
+        return x * x
+
+    names: list[str] = []
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    checkpoint.checkpoint(seen, torch.ones(1, requires_grad=True), use_reentrant=False)
+    assert names[0].startswith("_checkpoint_hook."), names
+
+
+def on_a_rank() -> None:
+    """What needs a process group: its store, its time-outs, and FSDP2's state."""
+    torch.distributed.init_process_group("gloo")
+    store = distributed_c10d._get_default_store()
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    mesh = init_device_mesh("cpu", (1,))
+    signature(distributed_c10d._set_pg_timeout).bind(timedelta(seconds=7), mesh.get_group(0))
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    fully_shard(module[0], mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    state = module._get_fsdp_state()
+    assert isinstance(module, FSDPModule) and isinstance(state, FSDPState)
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    assert not module._forward_pre_hooks and not module._forward_hooks, "hooks that are not FSDP's handles"
+    state._lazy_init()
+    assert state._state_ctx.all_states == [state, module[0]._get_fsdp_state()]
+    assert state._training_state == TrainingState.IDLE
+    (group,) = state._fsdp_param_groups
+    assert not group.is_unsharded
+    assert {parameter._module_info.module for parameter in group.fsdp_params} == {module[1]}
+    x = torch.ones(1, 2)
+    ((given,), _) = state._pre_forward(module, (x,), {})
+    assert given is x and group.is_unsharded and state._state_ctx.iter_forward_root is state
+    assert all(type(parameter.unsharded_param) is nn.Parameter for parameter in group.fsdp_params)
+    out = module(x)
+    assert state._post_forward(module, (x,), out) is not None
+    assert group.is_unsharded and state._state_ctx.iter_forward_root is None, "the root stays whole after its forward"
+    module.set_requires_gradient_sync(True)
+    state._register_root_post_backward_final_callback  # noqa: B018 - that it is there; it may be called in a backward
+    state._pre_forward(module, (), {})
+    module(x).sum().backward()
+    group.post_backward()
+    state._root_post_backward_final_callback()
+    assert state._state_ctx.iter_forward_root is None and module[1].weight.grad is not None
+    module.reshard()
+    assert not group.is_unsharded
+
+
+@relied_on(
+    *("_get_default_store", "_set_pg_timeout", "_fully_shard", "_fsdp_common", "_fsdp_state", "_get_fsdp_state"),
+    *("_pre_forward_hook_handle", "_post_forward_hook_handle", "_lazy_init", "_fsdp_param_groups", "_module_info"),
+    *("_pre_forward", "_post_forward", "_state_ctx", "_training_state", "_root_post_backward_final_callback"),
+    "_register_root_post_backward_final_callback",
+)
+def groups_and_fsdp() -> None:
+    """FSDP2's state gathers and divides its root's weights, driven by hand as strategies/_torch.py does."""
+    run_ranks(on_a_rank, 1)
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()), ids=lambda check: check.__name__)
+def test_it_exists_and_means_what_is_relied_on(check: Callable[[], None]) -> None:
+    names = ", ".join(name for name, its in CHECKS.items() if its is check)
+    try:
+        check()
+    except Exception as error:
+        raise AssertionError(
+            f"{names}: no longer what strategies/_lightning.py and _torch.py ask: {check.__doc__}"
+        ) from error
