@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from lightning_bharat.checkpoints.weights import parameter_names
+from lightning_bharat.plan.elsewhere import is_elsewhere
 
 One = Callable[[Tensor, Tensor, Tensor], Tensor]
 Many = Callable[[list[Tensor], list[Tensor], Tensor], None]
@@ -96,9 +97,11 @@ class Averages:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by full names (of tied ones the first); none of them is gathered from other ranks."""
+    """Parameters that are here and buffers, by full names (of tied ones the first); none is gathered from other
+    ranks."""
     parameter_names(module)
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    here = {name: parameter for name, parameter in module.named_parameters() if not is_elsewhere(parameter)}
+    return {**here, **dict(module.named_buffers())}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -76,12 +76,6 @@ class WeightAveraging(Callback):
                 f"{type(self).__name__} does not know how {type(trainer.strategy).__name__} cuts a module; "
                 'write strategy="bharat_hybrid" or "ddp"'
             )
-        layout = getattr(trainer.strategy, "layout", None)
-        if layout is not None and layout.pipeline > 1:
-            raise MisconfigurationException(
-                f"{type(self).__name__} under pipeline_parallel_size={layout.pipeline} is not in this version; "
-                "leave it out, or write pipeline_parallel_size=1"
-            )
         if stage == "fit":
             self._averages = None
             self._updated_at_step, self._updated_at_epoch = trainer.global_step, -1

@@ -17,16 +17,21 @@ from torch.optim import Optimizer
 
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.share import Share
+from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.checkpoints.stored import StoredTensor, load_into
 from lightning_bharat.checkpoints.weights import Slices, refuse_other_model
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import gather, shape_of_whole
 
 
-def state_by_name(optimizer: Optimizer, names: Mapping[int, str], slices: Slices) -> dict[str, Any]:
+def state_by_name(
+    optimizer: Optimizer, names: Mapping[int, str], slices: Slices, stages: Stages | None = None
+) -> dict[str, Any]:
     """State of ``optimizer`` as ``{"param_groups": [{..., "params": [names]}], "state": {name: {key: value}}, "dtypes":
     {name: of the parameter}}``.
 
-    State of a parameter's shape is a :class:`Share` cut as the parameter is; a number is stored once.
+    State of a parameter's shape is a :class:`Share` cut as the parameter is; a number is stored once. With ``stages``
+    the state of all of them is there, as shares without pieces; all ranks of a pipeline must then call it.
 
     Raises:
         CheckpointError: a parameter isn't the module's, or state of another shape belongs to a parameter that is
@@ -37,26 +42,38 @@ def state_by_name(optimizer: Optimizer, names: Mapping[int, str], slices: Slices
         for parameter, name in _named(optimizer, names)
         if parameter in optimizer.state
     }
+    if stages is not None:
+        state = stages.together(state)
     dtypes = {name: parameter.dtype for parameter, name in _named(optimizer, names)}
     return {"param_groups": _groups(optimizer, names), "state": state, "dtypes": dtypes}
 
 
 def whole_state_by_index(
-    optimizer: Optimizer, names: Mapping[int, str], slices: Slices, tensor_group: ProcessGroup | None, keep: bool
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    slices: Slices,
+    tensor_group: ProcessGroup | None,
+    keep: bool,
+    stages: Stages | None = None,
 ) -> dict[str, Any]:
     """State of ``optimizer`` in torch's own form, gathered tensor by tensor to host memory; ``{}`` where not ``keep``.
 
     Plain Lightning on one process loads it. All ranks must call it. Raises as :func:`state_by_name`.
     """
-    state: dict[int, dict[str, Any]] = {}
+    every = state_by_name(optimizer, names, slices, stages)
+    whole: dict[int, dict[str, Any]] = {}
     for index, (parameter, name) in enumerate(_named(optimizer, names)):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            part = _as_share(key, value, parameter, name, slices)
-            if isinstance(part, Share):
-                value = gather(value, slices.get(name) if _like(value, parameter) else None, tensor_group)
+        for key, entry in every["state"].get(name, {}).items():
+            value = entry
+            if isinstance(entry, Share):
+                own = optimizer.state.get(parameter, {}).get(key)
+                cut = slices.get(name) if own is not None and _like(own, parameter) else None
+                value = None if own is None else gather(own, cut, tensor_group)
+                if stages is not None:
+                    value = stages.tell(stages.holders[name][0], value, entry.shape, entry.dtype)
             if keep:
-                state.setdefault(index, {})[key] = value.cpu() if isinstance(value, Tensor) else value
-    return {"state": state, "param_groups": _numbered(_groups(optimizer, names))} if keep else {}
+                whole.setdefault(index, {})[key] = value.cpu() if isinstance(value, Tensor) else value
+    return {"state": whole, "param_groups": _numbered(every["param_groups"])} if keep else {}
 
 
 def load_state(optimizer: Optimizer, names: Mapping[int, str], slices: Slices, saved: Mapping[str, Any]) -> None:
@@ -74,6 +91,8 @@ def load_state(optimizer: Optimizer, names: Mapping[int, str], slices: Slices, s
     created: dict[Tensor, dict[str, Any]] = {}
     for parameter, name in _named(optimizer, names):
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        if is_elsewhere(parameter):
+            continue
         for key, value in by_name.get(name, {}).items():
             if isinstance(value, (Tensor, StoredTensor)):
                 own_type = value.dtype not in (parameter.dtype, saved.get("dtypes", {}).get(name, value.dtype))

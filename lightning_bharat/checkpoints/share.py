@@ -47,6 +47,11 @@ class Share:
             found = pieces(tensor, cut)
         return cls(shape, tensor.dtype, tuple(found), writes)
 
+    @classmethod
+    def nothing(cls, tensor: Tensor, cut: TensorSlice | None = None) -> Share:
+        """The share of a rank that holds nothing of ``tensor``: another pipeline stage does."""
+        return cls(shape_of_whole(tensor, cut), tensor.dtype, ())
+
     def at(self, offsets: Sequence[int] | None) -> Tensor:
         """The memory of the rectangle that begins at ``offsets``."""
         where = tuple(offsets or ())

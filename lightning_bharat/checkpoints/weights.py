@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.share import Share
+from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.checkpoints.stored import StoredTensor, load_into
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import TensorSlice, gather, shape_of_whole
@@ -42,10 +43,17 @@ def first_names(module: nn.Module) -> dict[str, str]:
     return {name: found.setdefault(id(tensor), name) for name, tensor in both}
 
 
-def as_shares(state: Mapping[str, Any], module: nn.Module, slices: Slices, first_replica: bool) -> dict[str, Any]:
+def names_elsewhere(module: nn.Module) -> set[str]:
+    """All names of parameters that other pipeline stages hold."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if is_elsewhere(p)}
+
+
+def as_shares(
+    state: Mapping[str, Any], module: nn.Module, slices: Slices, first_replica: bool, stages: Stages | None = None
+) -> dict[str, Any]:
     """A module's ``state_dict`` with a :class:`Share` for each tensor, the same object for tied ones.
 
-    Buffers are stored as the first replica (``first_replica``: data and tensor rank 0) has them.
+    Buffers are stored as the first replica (``first_replica``: data and tensor rank 0) of their stage has them.
 
     Raises:
         CheckpointError: the module is cut and ``state`` has a tensor under a name that isn't the module's, so that it
@@ -53,7 +61,7 @@ def as_shares(state: Mapping[str, Any], module: nn.Module, slices: Slices, first
     """
     parameter_names(module)  # for its side: sharded parameters are in place
     firsts, parameters = first_names(module), {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    known = module.state_dict().keys()
+    known, gone = module.state_dict().keys(), names_elsewhere(module)
     made: dict[str, Share] = {}
     shares: dict[str, Any] = {}
     for name, value in state.items():
@@ -68,24 +76,34 @@ def as_shares(state: Mapping[str, Any], module: nn.Module, slices: Slices, first
             )
         first = firsts.get(name, name)
         if first not in made:
-            made[first] = Share.of(value, slices.get(first, slices.get(name)), name in parameters or first_replica)
+            cut = slices.get(first, slices.get(name))
+            if first in gone:
+                made[first] = Share.nothing(value, cut)
+            else:
+                owns = first_replica and (stages is None or stages.owner(first, module) == stages.rank)
+                made[first] = Share.of(value, cut, name in parameters or owns)
         shares[name] = made[first]
     return shares
 
 
-def with_shares(tree: Any, module: nn.Module, slices: Slices, first_replica: bool) -> Any:
+def with_shares(tree: Any, module: nn.Module, slices: Slices, first_replica: bool, stages: Stages | None = None) -> Any:
     """``tree`` with :func:`as_shares` of each :class:`LikeWeights` in it."""
     if isinstance(tree, LikeWeights):
-        return as_shares(tree, module, slices, first_replica)
+        return as_shares(tree, module, slices, first_replica, stages)
     if isinstance(tree, Mapping):
-        return {key: with_shares(value, module, slices, first_replica) for key, value in tree.items()}
+        return {key: with_shares(value, module, slices, first_replica, stages) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(with_shares(value, module, slices, first_replica) for value in tree)
+        return type(tree)(with_shares(value, module, slices, first_replica, stages) for value in tree)
     return tree
 
 
 def whole_state(
-    module: nn.Module, slices: Slices, tensor_group: ProcessGroup | None, keep: bool, state: Mapping[str, Any]
+    module: nn.Module,
+    slices: Slices,
+    tensor_group: ProcessGroup | None,
+    keep: bool,
+    state: Mapping[str, Any],
+    stages: Stages | None = None,
 ) -> dict[str, Any]:
     """``state`` (the module's, or one that lies like it) gathered tensor by tensor to host memory; ``{}`` where not
     ``keep``.
@@ -93,7 +111,7 @@ def whole_state(
     Tied weights are gathered once and stay one tensor. All ranks must call it.
     """
     parameter_names(module)
-    firsts = first_names(module)
+    firsts, gone = first_names(module), names_elsewhere(module)
     found: dict[str, Any] = {}
     for name, value in state.items():
         first = firsts.get(name, name)
@@ -101,8 +119,11 @@ def whole_state(
             found[name] = found.get(first)
             continue
         if isinstance(value, Tensor):
-            value = gather(value, slices.get(first), tensor_group)
-            value = value.cpu() if keep else None
+            cut = slices.get(first)
+            whole = None if first in gone else gather(value, cut, tensor_group)
+            if stages is not None:
+                whole = stages.tell(stages.owner(first, module), whole, shape_of_whole(value, cut), value.dtype)
+            value = whole.cpu() if keep and whole is not None else None
         found[name] = value
     return found if keep else {}
 
@@ -116,17 +137,18 @@ def load_weights(
     What is neither parameter nor buffer (extra state, metrics' states) goes through ``module.load_state_dict``.
 
     Raises:
-        CheckpointError: names are missing or unexpected and ``strict``; a shape differs. It lists them.
+        CheckpointError: names are missing or unexpected and ``strict``; a shape differs, or a type other than in its
+            precision. It lists them.
     """
     parameter_names(module)
     entries, firsts = module.state_dict(), first_names(module)
     present = {firsts.get(name, name) for name in values}
     missing = [name for name in entries if name not in values and firsts.get(name, name) not in present]
     unexpected = [name for name in values if name not in entries]
-    shapes = []
+    differ = []
     targets: dict[str, tuple[Share, StoredTensor | Tensor]] = {}
     others = {}
-    gone = {name for name, p in module.named_parameters(remove_duplicate=False) if is_elsewhere(p)}
+    gone = names_elsewhere(module)
     for name in entries.keys() & values.keys():
         entry, value = entries[name], values[name]
         first = firsts.get(name, name)
@@ -136,10 +158,12 @@ def load_weights(
         cut = slices.get(first, slices.get(name))
         whole = shape_of_whole(entry, cut)
         if tuple(value.shape) != whole:
-            shapes.append(f"{name} is {list(value.shape)} in the checkpoint and {list(whole)} here")
+            differ.append(f"{name} is {list(value.shape)} in the checkpoint and {list(whole)} here")
+        elif not _same_kind(value.dtype, entry.dtype):
+            differ.append(f"{name} is {value.dtype} in the checkpoint and {entry.dtype} here")
         elif name not in gone and (first not in targets or name == first):
             targets[first] = (Share.of(entry, cut), value)
-    refuse_other_model(missing if strict else [], unexpected if strict else [], shapes)
+    refuse_other_model(missing if strict else [], unexpected if strict else [], differ)
     load_into(targets.values())
     if others:
         device = next((t.device for t in entries.values() if isinstance(t, Tensor)), torch.device("cpu"))
@@ -147,7 +171,7 @@ def load_weights(
         module.load_state_dict(moved, strict=False)
 
 
-def refuse_other_model(missing: list[str], unexpected: list[str], shapes: list[str], of: str = "") -> None:
+def refuse_other_model(missing: list[str], unexpected: list[str], differ: list[str], of: str = "") -> None:
     """Say what differs between a checkpoint and what it is loaded into.
 
     Raises:
@@ -158,11 +182,17 @@ def refuse_other_model(missing: list[str], unexpected: list[str], shapes: list[s
         found.append(f"it lacks {_some(missing)}")
     if unexpected:
         found.append(f"it has {_some(unexpected)}, unknown here")
-    if shapes:
-        found.append(_some(shapes))
+    if differ:
+        found.append(_some(differ))
     if found:
         hint = "" if of or not (missing or unexpected) else " (strict_loading = False loads what fits)"
         raise CheckpointError(f"This is a checkpoint of another model{of}: {'; '.join(found)}{hint}")
+
+
+def _same_kind(stored: torch.dtype, here: torch.dtype) -> bool:
+    """Whether numbers keep their meaning: integers in the place of floats are quantized, and of no use without their
+    scales."""
+    return torch.can_cast(stored, here) and stored.is_floating_point == here.is_floating_point
 
 
 def _some(names: list[str]) -> str:

@@ -26,6 +26,7 @@ from lightning_bharat.checkpoints.document import as_plain
 from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
 from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
 from lightning_bharat.checkpoints.positions import take_position, with_positions
+from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
@@ -43,6 +44,7 @@ class ShardedCheckpoints(_Base):
         save_distributed_checkpoint: ``True`` writes a directory to which each rank writes its parts, ``False`` a plain
             Lightning ``.ckpt`` with everything, gathered in rank 0's host memory. Both are read, whatever it says.
         layout, plan, slices, tensor_group: of the strategy.
+        stages: of its pipeline; ``None`` without one.
     """
 
     save_distributed_checkpoint: bool = True
@@ -50,6 +52,7 @@ class ShardedCheckpoints(_Base):
     plan: ModelPlan | None
     slices: dict[str, TensorSlice]
     tensor_group: dist.ProcessGroup | None
+    stages: Stages | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -67,10 +70,11 @@ class ShardedCheckpoints(_Base):
 
         That is this rank's parts, or (plain ``.ckpt``) the whole on rank 0, ``{}`` elsewhere. All ranks must call it.
         """
-        self._refuse_stages()
         if self.save_distributed_checkpoint:
             return weights.LikeWeights(state)
-        return weights.whole_state(self._module(), self.slices, self.tensor_group, self.is_global_zero, state)
+        return weights.whole_state(
+            self._module(), self.slices, self.tensor_group, self.is_global_zero, state, self.stages
+        )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state by names, this rank's parts; or (plain ``.ckpt``) torch's own form on rank 0."""
@@ -78,9 +82,9 @@ class ShardedCheckpoints(_Base):
             optimizer = optimizer.optimizer
         names = weights.parameter_names(self._module())
         if self.save_distributed_checkpoint:
-            return optimizers.state_by_name(optimizer, names, self.slices)
+            return optimizers.state_by_name(optimizer, names, self.slices, self.stages)
         return optimizers.whole_state_by_index(
-            optimizer, names, self.slices, self.tensor_group, keep=self.is_global_zero
+            optimizer, names, self.slices, self.tensor_group, self.is_global_zero, self.stages
         )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -98,7 +102,8 @@ class ShardedCheckpoints(_Base):
         if self.save_distributed_checkpoint:
             state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
             content = {**checkpoint, "state_dict": state}
-            stored.save(path, weights.with_shares(content, module, self.slices, self._is_first_replica()), manifest)
+            content = weights.with_shares(content, module, self.slices, self._is_first_replica(), self.stages)
+            stored.save(path, content, manifest)
         else:
             on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
 
@@ -115,21 +120,12 @@ class ShardedCheckpoints(_Base):
         take_position(checkpoint, self.layout, self.global_rank)
         return checkpoint
 
-    def _refuse_stages(self) -> None:
-        """What is spread over stages would be saved as NaN."""
-        if self.layout.pipeline > 1:
-            raise CheckpointError(
-                f"checkpoints under pipeline_parallel_size={self.layout.pipeline} are not in this version; write "
-                "Trainer(enable_checkpointing=False), without ckpt_path, or pipeline_parallel_size=1"
-            )
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Read the module's state, as far as this rank holds it. All ranks must call it.
 
         Raises:
             CheckpointError: on every rank: the checkpoint is one of another model; names what differs.
         """
-        self._refuse_stages()
         together(lambda: weights.load_weights(self._module(), self.slices, checkpoint["state_dict"], strict))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -139,6 +139,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             self._prepared = Preparation(self, trainer, module)
             self.plan, self.slices = self._prepared.plan, self._prepared.slices
             self._pipeline = ScheduledSteps(self, self._prepared) if self.layout.pipeline > 1 else None
+            self.stages = self._pipeline.stages if self._pipeline else None
         if self.tensor_group is not None:
             agree_on_random_numbers(self.tensor_group, self.root_device)
         _lightning.count_by_data_ranks(trainer, self.layout.data)

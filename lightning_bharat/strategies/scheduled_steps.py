@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.strategies.pipeline import Pipeline, Trained
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.schedule import KINDS
@@ -31,6 +32,9 @@ class ScheduledSteps:
     Args:
         strategy: connected, with its layout.
         prepared: its module.
+
+    Attributes:
+        stages: which of the pipeline's ranks holds what.
     """
 
     def __init__(self, strategy: HybridStrategy, prepared: Preparation) -> None:
@@ -56,7 +60,10 @@ class ScheduledSteps:
             f"{strategy.layout.pipeline}, schedule {options.schedule}: blocks "
             + " | ".join(f"{blocks.start}-{blocks.stop - 1}" for blocks in self.pipeline.blocks)
         )
-        self._shared = SharedGradients(prepared, self.pipeline, strategy.pipeline_group)
+        rank_of = self.pipeline.rank_of
+        holders = {name: sorted({rank_of[i] for i in stages}) for name, stages in prepared.held.items()}
+        self.stages = Stages(strategy.pipeline_group, holders, strategy.root_device)
+        self._shared = SharedGradients(self.module, self.stages)
         self._fresh: list[tuple[nn.Parameter, Tensor]] = []
 
     def train(self, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any], tokens: TokenWeights | None) -> Any:
@@ -123,16 +130,15 @@ class SharedGradients:
         holders: id of a parameter -> ranks of the pipeline that hold it, where they are several.
     """
 
-    def __init__(self, prepared: Preparation, pipeline: Pipeline, group: dist.ProcessGroup) -> None:
-        ranks = {name: sorted({pipeline.rank_of[i] for i in stages}) for name, stages in prepared.held.items()}
-        several = {name: on for name, on in ranks.items() if len(on) > 1}
+    def __init__(self, module: nn.Module, stages: Stages) -> None:
+        mine = {name: on for name, on in stages.holders.items() if len(on) > 1 and stages.rank in on}
         # every pipeline of the mesh makes its groups alike, each among its own ranks
         self._groups: dict[tuple[int, ...], Any] = {
-            on: dist.new_group([dist.get_global_rank(group, i) for i in on], use_local_synchronization=True)
-            for on in sorted({tuple(on) for on in several.values() if pipeline.rank in on})
+            on: dist.new_group([dist.get_global_rank(stages.group, i) for i in on], use_local_synchronization=True)
+            for on in sorted(set(map(tuple, mine.values())))
         }
-        parameters = dict(prepared.module.named_parameters(remove_duplicate=False))
-        self._shared = [(parameters[name], tuple(on)) for name, on in sorted(several.items()) if pipeline.rank in on]
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._shared = [(parameters[name], tuple(on)) for name, on in sorted(mine.items())]
         self.holders = {id(parameter): len(on) for parameter, on in self._shared}
 
     @torch.no_grad()

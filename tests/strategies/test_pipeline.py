@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_bharat.strategies.schedule import KINDS
-from tests.modules import fit, zoo
+from tests.modules import zoo
 from tests.pipelines import DEEP
-from tests.ranks import RanksFailed, run_ranks
 from tests.strategies.test_hybrid import compare
 
 ALL = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2}
@@ -45,12 +43,3 @@ def test_layouts(layout: str, schedule: str) -> None:
     if layout == "pipeline 4" and schedule != "1F1B":
         pytest.skip("four blocks make four stages")
     compare("deep", 4, {**LAYOUTS[layout], "schedule": schedule}, **ALL)
-
-
-def _saves(folder: str) -> None:
-    fit("nano", {"pipeline_parallel_size": 2}, enable_checkpointing=True, default_root_dir=folder)
-
-
-def test_checkpoints_are_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(RanksFailed, match="checkpoints under pipeline_parallel_size=2 are not in this version"):
-        run_ranks(_saves, 2, str(tmp_path))

@@ -21,6 +21,11 @@ from tests.ranks import RanksFailed, run_ranks
 
 ROWS, BATCH, STOP, END = 48, 8, 4, 9  # 6 batches an epoch; stopped in the first, ended in the second
 LAYOUTS = {"one": Layout(), "data": Layout(data=2), "tensor": Layout(tensor=2), "both": Layout(data=2, tensor=2)}
+STAGED = {
+    "pipeline": Layout(pipeline=2),
+    "data × pipeline": Layout(data=2, pipeline=2),
+    "tensor × pipeline": Layout(tensor=2, pipeline=2),
+}
 
 
 class Block(nn.Module):
@@ -124,7 +129,7 @@ def fit(
     if plain:
         module.double()  # Lightning loads a checkpoint before it makes the module float64, and would lose bits
     keep: Callback = ModelCheckpoint(folder, "{step}", every_n_train_steps=STOP, save_top_k=-1)
-    hybrid = HybridStrategy(layout.data, layout.tensor, save_distributed_checkpoint=sharded)
+    hybrid = HybridStrategy(layout.data, layout.tensor, layout.pipeline, save_distributed_checkpoint=sharded)
     trainer = L.Trainer(
         strategy="auto" if plain else hybrid,
         devices=int(os.environ["WORLD_SIZE"]),
@@ -151,9 +156,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("first", "then"), [("data", "tensor"), ("both", "one"), ("one", "both"), ("tensor", "data")])
+PAIRS = [
+    ("data", "tensor"),
+    ("both", "one"),
+    ("one", "both"),
+    ("tensor", "data"),
+    ("pipeline", "one"),
+    ("data", "pipeline"),
+    ("tensor × pipeline", "both"),
+    ("both", "data × pipeline"),
+    ("data × pipeline", "tensor × pipeline"),
+    ("pipeline", "pipeline"),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), PAIRS)
 def test_resumed_on_another_layout(tmp_path: Path, whole: list[float], first: str, then: str) -> None:
-    a, b = LAYOUTS[first], LAYOUTS[then]
+    a, b = {**LAYOUTS, **STAGED}[first], {**LAYOUTS, **STAGED}[then]
     before = run_ranks(fit, a.devices, a, str(tmp_path), None, True, STOP)
     path = tmp_path / f"step={STOP}.ckpt"
     assert path.is_dir()
@@ -164,9 +183,9 @@ def test_resumed_on_another_layout(tmp_path: Path, whole: list[float], first: st
         assert losses == pytest.approx(whole[STOP:], abs=1e-9)
 
 
-@pytest.mark.parametrize("first", ["both", "tensor"])
+@pytest.mark.parametrize("first", ["both", "tensor", *STAGED])
 def test_plain_lightning_continues_from_a_gathered_ckpt(tmp_path: Path, whole: list[float], first: str) -> None:
-    layout = LAYOUTS[first]
+    layout = {**LAYOUTS, **STAGED}[first]
     run_ranks(fit, layout.devices, layout, str(tmp_path), None, False, STOP)
     path = tmp_path / f"step={STOP}.ckpt"
     assert path.is_file()
