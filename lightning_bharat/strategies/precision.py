@@ -128,7 +128,7 @@ def total_norm(
     device = device or torch.device("cpu")
     sums = {key: _sum_of_powers(grads, norm_type, dtype, device) for key, grads in parts.items()}
     operation = dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM
-    for group in sorted({group for _, over in sums for group in over}, key=lambda group: group.group_name):
+    for group in sorted({group for _, over in sums for group in over}, key=_axis):
         inside = [key for key in sums if group in key[1]]
         packed = torch.stack([sums[key] for key in inside])
         dist.all_reduce(packed, operation, group=group)
@@ -140,6 +140,15 @@ def total_norm(
         total = total.double()  # stages may hold other types
         dist.all_reduce(total, operation, group=pipeline)
     return total if norm_type == inf else total.pow(1 / norm_type)
+
+
+def _axis(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """By which all ranks bring their groups into one order: how the members lie, as all groups of a mesh's axis do.
+
+    (Names of groups are counted, differ between ranks, and "10" comes before "9".)
+    """
+    ranks = dist.get_process_group_ranks(group)
+    return tuple(rank - ranks[0] for rank in ranks)
 
 
 def _sum_of_powers(grads: list[Tensor], norm_type: float, dtype: torch.dtype, device: torch.device) -> Tensor:
