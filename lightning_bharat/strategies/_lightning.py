@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,8 +17,11 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -81,6 +85,57 @@ def step_and_source(trainer: pl.Trainer) -> tuple[str, Any]:
     return name, loop._data_source
 
 
+def take_loaders(trainer: pl.Trainer) -> tuple[Any, bool]:
+    """The loaders that the trainer is about to go through, as the person gives them, and whether a batch has a part of
+    each. The trainer then takes the same ones, and does not ask for them again."""
+    source = step_and_source(trainer)[1]
+    asked, loaders = source.instance, _request_dataloader(source)
+
+    def once() -> Any:
+        del source.dataloader
+        return loaders if source.instance is asked else source.dataloader()
+
+    source.dataloader = once
+    if isinstance(loaders, CombinedLoader):
+        return loaders.iterables, loaders._mode != "sequential"
+    return loaders, trainer.state.fn == TrainerFn.FITTING
+
+
+def agree_on_stopping(trainer: pl.Trainer, agree: Callable[[bool], bool]) -> None:
+    """Let all ranks stop training at the same batch when ``trainer.should_stop`` is set on one of them.
+
+    Args:
+        agree: whether it is set on some rank, from whether it is on this one.
+    """
+
+    def look() -> None:
+        trainer.should_stop = agree(trainer.should_stop)
+
+    loop = trainer.fit_loop
+    # Around these, hooks that may set it have been called, and what reads it comes next.
+    _around(loop, "setup_data", before=look)
+    _around(loop, "on_run_start", after=look)
+    _around(loop, "on_advance_start", after=look)
+    _around(trainer._logger_connector, "update_train_step_metrics", before=look)
+    _around(loop.epoch_loop.val_loop, "run", after=look)
+    _around(loop, "on_advance_end", after=look)
+
+
+def _nothing() -> None: ...
+
+
+def _around(owner: Any, name: str, before: Callable[[], None] = _nothing, after: Callable[[], None] = _nothing) -> None:
+    method = getattr(type(owner), name)
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        before()
+        out = method(owner, *args, **kwargs)
+        after()
+        return out
+
+    setattr(owner, name, around)
+
+
 def use_no_grad(trainer: pl.Trainer) -> None:
     """Evaluate under ``no_grad``: tensors of ``inference_mode`` can't be gathered into parameters that train later."""
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
@@ -93,6 +148,15 @@ def count_by_data_ranks(trainer: pl.Trainer, data: int) -> None:
         if isinstance(callback, ThroughputMonitor):
             for throughput in callback._throughputs.values():
                 throughput.world_size = data
+
+
+def optimizers_of(module: pl.LightningModule) -> tuple[list[Any], list[Any]]:
+    """The optimizers and schedulers that ``configure_optimizers`` of ``module`` makes now."""
+    made: Any = module.configure_optimizers()
+    if made is None:
+        return [], []
+    optimizers, schedulers, _ = _configure_optimizers(made)
+    return optimizers, [s["scheduler"] if isinstance(s, dict) else s for s in schedulers]
 
 
 def show_whole_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +40,26 @@ class Root:
         self._state._lazy_init()
         self._groups = self._state._fsdp_param_groups
         self._armed: set[int] = set()
-        for owner in {info.module for group in self._groups for info in self._owners(group)}:
-            owner.register_forward_pre_hook(lambda *_: self.enter(), prepend=True)
+        for owner, parameters in self._owners().items():
+            owner.register_forward_pre_hook(partial(self._enter_owner, parameters), prepend=True)
 
-    @staticmethod
-    def _owners(group: Any) -> list[Any]:
-        return [parameter._module_info for parameter in group.fsdp_params]
+    def _owners(self) -> dict[nn.Module, list[Any]]:
+        """Modules with parameters of the root, tied ones too, and FSDP's record of these."""
+        found: dict[nn.Module, list[Any]] = {}
+        for group in self._groups:
+            for parameter in group.fsdp_params:
+                info = parameter._module_info
+                for owner in (info.module, *info.shared_modules):
+                    found.setdefault(owner, []).append(parameter)
+        return found
+
+    def _enter_owner(self, parameters: list[Any], *_: Any) -> None:
+        self.enter()
+        for parameter in parameters:  # frozen or thawed since it was gathered (toggle_optimizer)
+            wanted, whole = parameter.sharded_param.requires_grad, parameter.unsharded_param
+            if whole.requires_grad != wanted:
+                whole.requires_grad_(wanted)
+            self._arm(whole)
 
     @property
     def is_whole(self) -> bool:
@@ -57,9 +72,7 @@ class Root:
             return
         self._state._pre_forward(self.module, (), {})
         for parameter in self._unsharded():
-            if parameter.requires_grad and id(parameter) not in self._armed:
-                parameter.register_post_accumulate_grad_hook(self._finish_backward)
-                self._armed.add(id(parameter))
+            self._arm(parameter)
 
     def leave(self, loss: Any, keep: bool) -> None:
         """End of a step. ``keep``: the weights stay whole for the backward pass of ``loss``, which divides them."""
@@ -114,6 +127,11 @@ class Root:
         for group in self._groups:
             for parameter in group.fsdp_params:
                 yield parameter.unsharded_param
+
+    def _arm(self, parameter: nn.Parameter) -> None:
+        if parameter.requires_grad and id(parameter) not in self._armed:
+            parameter.register_post_accumulate_grad_hook(self._finish_backward)
+            self._armed.add(id(parameter))
 
     def _finish_backward(self, _: Tensor) -> None:
         """FSDP2 reduces what has no input with a gradient at the end of a backward pass that one of its own hooks saw;

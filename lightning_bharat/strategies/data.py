@@ -31,7 +31,12 @@ class DataShards:
         reshard: free a unit's weights between its forward and its backward (``None``: yes), or an ``int``: divide them
             over that many ranks only, as in ``fully_shard``.
         offload: keep parameters, gradients and optimizer states in the host's memory.
+
+    Attributes:
+        parameters: divided, as optimizers know them; those of the module may be whole.
     """
+
+    parameters: list[nn.Parameter]
 
     def __init__(
         self, module: nn.Module, mesh: DeviceMesh, units: list[str], reshard: bool | int | None, offload: bool
@@ -58,6 +63,7 @@ class DataShards:
         """The weights have values: FSDP may look at them."""
         self._scalars.divide()
         self._root = Root(self.module)
+        self.parameters = list(self.module.parameters())
 
     def step(self, run: Callable[[], Any], backward: bool) -> Any:
         """Call ``run`` with whole weights. ``backward``: its loss is going to be differentiated afterwards."""
@@ -75,6 +81,11 @@ class DataShards:
         if not backward:
             self._scalars.divide()
         return out
+
+    def before_backward(self) -> None:
+        """A backward pass needs whole weights: one before it, of another loss of the same step, has divided them."""
+        if self._root is not None:
+            self._root.enter()
 
     def after_backward(self) -> None:
         """FSDP has divided what it handles."""

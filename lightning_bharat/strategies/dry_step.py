@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,13 +16,20 @@ from torchmetrics import Metric
 from lightning_bharat.strategies import _lightning
 
 
-class _Silent:
-    """Stands for optimizers and schedulers: takes every call, does nothing."""
+class _Still:
+    """An optimizer or a scheduler that can be asked all it knows, and does not step."""
+
+    def __init__(self, inside: Any) -> None:
+        self._inside = inside
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: None
+        return getattr(self._inside, name)
+
+    def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return closure() if callable(closure) else None
+
+    def toggle_model(self, sync_grad: bool = True) -> AbstractContextManager:
+        return nullcontext()
 
 
 def dry_step(trainer: pl.Trainer) -> Callable[[Any, Any], Any]:
@@ -56,11 +64,9 @@ def _silence(copy: pl.LightningModule) -> None:
         object.__setattr__(copy, name, lambda *args, **kwargs: None)
     object.__setattr__(copy, "toggled_optimizer", lambda *args, **kwargs: nullcontext())
     object.__setattr__(copy, "all_gather", lambda data, *args, **kwargs: data)
-    object.__setattr__(copy, "lr_schedulers", lambda: _Silent())
-    count = _count_optimizers(copy)
-    object.__setattr__(
-        copy, "optimizers", lambda *args, **kwargs: [_Silent() for _ in range(count)] if count > 1 else _Silent()
-    )
+    made = cache(partial(_optimizers_and_schedulers, copy))
+    object.__setattr__(copy, "optimizers", lambda *args, **kwargs: made()[0])
+    object.__setattr__(copy, "lr_schedulers", lambda: made()[1])
     for module in copy.modules():
         if isinstance(module, Metric):
             object.__setattr__(module, "update", lambda *args, **kwargs: None)
@@ -74,14 +80,11 @@ def _logged(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         value.item()
 
 
-def _count_optimizers(copy: pl.LightningModule) -> int:
-    """How many optimizers a step that optimizes by hand will ask for."""
-    if copy.automatic_optimization:
-        return 1
-    found = copy.configure_optimizers()
-    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], (list, tuple)):
-        found = found[0]
-    return len(found) if isinstance(found, (list, tuple)) else 1
+def _optimizers_and_schedulers(copy: pl.LightningModule) -> tuple[Any, Any]:
+    """What ``optimizers()`` and ``lr_schedulers()`` return: one, or a list of several, of the copy's own parameters."""
+    optimizers, schedulers = (list(map(_Still, made)) for made in _lightning.optimizers_of(copy))
+    one = {0: None, 1: next(iter(schedulers), None)}
+    return optimizers[0] if len(optimizers) == 1 else optimizers, one.get(len(schedulers), schedulers)
 
 
 def first_batch(trainer: pl.Trainer) -> Any:

@@ -239,12 +239,15 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             # Not the module's: those outside of blocks are gathered now, and their gradients are not on them.
             stepped = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
             closure_loss = self._tokens.weigh(closure_loss, divided_by, stepped)
-        out = super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self._prepared is not None
+        self._prepared.before_backward()
+        out = super().backward(closure_loss, optimizer, *args, **kwargs)
         self._prepared.after_backward()
         return out
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable, model: Any = None, **kwargs: Any) -> Any:
+        if not self._module().automatic_optimization and self._prepared is not None:
+            self._prepared.rest()  # hooks read gradients of parameters as optimizers know them
         out = super().optimizer_step(optimizer, closure, model, **kwargs)
         if not self._has_stepped:  # soon, and again where buffers are used
             self._has_stepped = True
@@ -256,15 +259,18 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Backward passes in here exchange no gradients: all but the last of an accumulation window."""
-        # Rescaling of what is accumulated (token_weighted) needs reduced gradients.
-        plain = self._prepared and not self._tokens and not self._pipeline
+        # Rescaling of what is accumulated (token_weighted) needs reduced gradients; a step that optimizes by hand
+        # reads, clips and clears gradients, which are in no parameter before they are exchanged.
+        by_hand = not self._module().automatic_optimization
+        plain = self._prepared and not (self._tokens or self._pipeline or by_hand)
         blocked = self._prepared.without_sync() if self._prepared and plain else nullcontext()
         with blocked:
             yield
 
     def grad_norm(self, norm_type: float = 2.0) -> Tensor:
         """The norm of all gradients as one vector, over all ranks. All ranks must call it, after the backward pass."""
-        return total_norm(self._module().parameters(), self._groups_of, norm_type, self.root_device, self._stages())
+        assert self._prepared is not None
+        return total_norm(self._prepared.parameters(), self._groups_of, norm_type, self.root_device, self._stages())
 
     def _stages(self) -> tuple[dist.ProcessGroup | None, Callable[[Tensor], int]]:
         """The pipeline's ranks, and on how many of them a parameter is."""

@@ -188,6 +188,15 @@ class Preparation:
             self._shards.divide()
         return [parameter for parameter in self.module.parameters() if not is_elsewhere(parameter)]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that have gradients, in the middle of a step too."""
+        return self._shards.parameters if self._shards else list(self.module.parameters())
+
+    def before_backward(self) -> None:
+        """A backward pass begins."""
+        if self._shards:
+            self._shards.before_backward()
+
     def after_backward(self) -> None:
         """A backward pass has ended."""
         if self._shards:

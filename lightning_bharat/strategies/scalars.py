@@ -41,14 +41,12 @@ class Scalars:
     def gather(self) -> None:
         """Show them as plain tensors."""
         for owner, name in self._places:
-            parameter = owner.get_parameter(name)
-            if isinstance(parameter, DTensor):
-                plain = self._pair(parameter)[0]
-                plain.requires_grad_(parameter.requires_grad)
-                if plain.requires_grad and id(plain) not in self._armed:
-                    plain.register_post_accumulate_grad_hook(partial(self._reduce, parameter))
-                    self._armed.add(id(plain))
-                owner.register_parameter(name, plain)
+            plain, shown = self._pair(owner.get_parameter(name))
+            plain.requires_grad_(shown.requires_grad)  # it may be frozen or thawed in a step (toggle_optimizer)
+            if plain.requires_grad and id(plain) not in self._armed:
+                plain.register_post_accumulate_grad_hook(partial(self._reduce, shown))
+                self._armed.add(id(plain))
+            owner.register_parameter(name, plain)
 
     def finish(self, factor: float) -> None:
         """Average the gradients of micro-batches, which no hook may have seen, times ``factor``."""
