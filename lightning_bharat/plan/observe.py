@@ -171,7 +171,8 @@ def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], 
     watch.remove()
     seen.gathers = gathers
     for name, buffer in seen.shell.named_buffers():
-        if buffers.get(name, (None, -1)) != (buffer, buffer._version):
+        was, version = buffers.get(name, (None, -1))
+        if was is not buffer or version != buffer._version:
             seen.apart = seen.apart or f"the buffer {name} changes in the training step"
     ran = [name for name in names if name in seen.order]
     if len(ran) != len(names):

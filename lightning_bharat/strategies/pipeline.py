@@ -20,7 +20,9 @@ from lightning_bharat.strategies import schedule as schedules
 from lightning_bharat.strategies.microbatch import Split, batch_size, parts, split
 from lightning_bharat.strategies.recording import Recorder, replay
 from lightning_bharat.strategies.stage import Stage, StageDone, before_blocks
+from lightning_bharat.strategies.stage_metrics import StageMetrics
 from lightning_bharat.strategies.token_weights import Labels, counted_labels
+from lightning_bharat.strategies.unchanged import unchanged
 
 Step = Callable[[Any], Any]
 
@@ -77,6 +79,7 @@ class Pipeline:
         places = [stages_of(rank, self.ranks, kind.each, kind.placement) for rank in range(self.ranks)]
         self.rank_of = {stage: rank for rank, stages in enumerate(places) for stage in stages}
         self.last = self.rank_of[len(self.blocks) - 1]
+        self.metrics = StageMetrics(module, group, self.last)
         self.microbatches = microbatches or 2 * len(self.blocks)
         self.split = split
         self.seed, self.steps = seed, 0
@@ -107,7 +110,7 @@ class Pipeline:
         if not self._proven:
             self._prove(step, batch, parts)
         hidden = self._hidden(step, parts[0])
-        recorder, losses, weights, labels = Recorder(self.module), [], [], []
+        recorder, losses, weights, labels = Recorder(self.module, self.metrics), [], [], []
         self.steps += 1
 
         def run(mb: int) -> Tensor:
@@ -124,18 +127,19 @@ class Pipeline:
         def unit() -> float:
             return next((weight for weight in weights if weight), 1.0)
 
-        self._run(run, hidden, len(parts))
+        with self.metrics.batch() as value_of:
+            self._run(run, hidden, len(parts))
         entries: Any = None
         if self.is_last:
             total = sum(weights)
             loss = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / (total or 1.0)
             factor = len(parts) * unit() / total if total else 1.0
-            logged = recorder.of_batch(weights if total else [1.0] * len(weights))
-            entries = loss, factor, _of_batch(labels), logged, _not_a_mean(labels, weights)
+            told = recorder.of_batch(weights if total else [1.0] * len(weights), value_of)
+            entries = loss, factor, _of_batch(labels), told, _not_a_mean(labels, weights)
         loss, factor, every, logged, problem = self._tell(entries)
         if problem:
             raise PipelineError(problem)
-        replay(self.module, logged, self.device)
+        replay(self.module, logged, self.metrics, self.device)
         return Trained(loss.to(self.device), factor, every)
 
     def _run(self, run: Callable[[int], Tensor], hidden: Tensor, number: int) -> None:
@@ -172,7 +176,7 @@ class Pipeline:
         """Shape and type of the hidden state of ``batch``, from what runs before the blocks."""
         key = _shapes(batch)
         if key not in self._shapes:
-            with before_blocks(self.module, self.plan), _quiet(self.module, self.device), torch.no_grad():
+            with before_blocks(self.module, self.plan), self._quiet(), torch.no_grad():
                 try:
                     step(batch)
                 except StageDone as done:
@@ -190,7 +194,7 @@ class Pipeline:
         self.module.eval()
         try:
             for part in [batch, *parts]:
-                with _quiet(self.module, self.device), counted_labels(_loss_of) as count:
+                with self._quiet(), counted_labels(_loss_of) as count:
                     out = self.relay(step, part)
                 if self.is_last:
                     found.append((float(_loss_of(out)), _weight(count(out), part, batch)))
@@ -225,12 +229,12 @@ class Pipeline:
         Returns:
             What ``step`` returns; on the last stage alone unless ``share``.
         """
-        recorder = Recorder(self.module)
-        with recorder.recording():
+        recorder = Recorder(self.module, self.metrics)
+        with recorder.recording(), self.metrics.batch() as value_of:
             out = self.relay(step, batch)
-        entries = (recorder.of_batch([1.0]), out if share else None) if self.is_last else None
+        entries = (recorder.of_batch([1.0], value_of), out if share else None) if self.is_last else None
         logged, told = self._tell(entries)
-        replay(self.module, logged, self.device)
+        replay(self.module, logged, self.metrics, self.device)
         return out if self.is_last else told
 
     def _receive(self, stage: Stage, like: Tensor) -> Tensor:
@@ -247,6 +251,13 @@ class Pipeline:
             self._kept = hidden
         else:
             dist.send(hidden.contiguous(), group_dst=target, group=self.group)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Nothing is logged or changed, and no random number used up."""
+        recording = Recorder(self.module, self.metrics).recording()
+        with unchanged(self.module), recording, _same_random_numbers_after(self.device):
+            yield
 
     def _tell(self, value: Any) -> Any:
         """``value`` of the last stage's rank, on all ranks of the pipeline."""
@@ -312,13 +323,6 @@ def _loss_tolerance(dtype: str) -> float:
 def _shapes(batch: Any) -> Any:
     leaves, spec = tree_flatten(batch)
     return str(spec), tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
-
-
-@contextmanager
-def _quiet(module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-    """Nothing is logged, and no random number used up."""
-    with Recorder(module).recording(), _same_random_numbers_after(device):
-        yield
 
 
 @contextmanager

@@ -151,9 +151,9 @@ class Preparation:
         self.module.to(self.strategy.root_device)
 
     def _synchronize_metrics(self) -> None:
-        """torchmetrics gather over all ranks unless told: tensor peers would count twice."""
+        """torchmetrics gather over all ranks unless told: tensor and pipeline peers would count twice."""
         for metric in (m for m in self.module.modules() if isinstance(m, Metric)):
-            if metric.process_group is None and self.strategy.layout.tensor > 1:
+            if metric.process_group is None and self.strategy.layout.data < self.strategy.layout.devices:
                 metric.process_group = self.strategy.data_group
 
     # ---- while it runs
