@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_bharat.plan.layout import Layout
@@ -107,11 +109,22 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
             self._layout = self.options.layout(
                 self.world_size, self.num_processes, module, self.root_device, self.choices
             )
+            self._say_across_hosts(self._layout.tensor)
             self._mesh = self._layout.mesh(self.root_device.type)
             set_timeout(self._mesh, self.options.timeout)
             # Kept: each step asks for them, once a parameter, and a mesh looks them up by name.
             self._data_group = self._mesh.get_group("data_parallel")
             self._tensor_group = self._mesh.get_group("tensor_parallel")
+
+    def _say_across_hosts(self, tensor: int) -> None:
+        if self.num_nodes > 1 and self.num_processes % tensor:
+            fits = gcd(self.num_processes, tensor)
+            self.choices["across nodes"] = (
+                f"tensor_parallel_size={tensor} does not divide the {self.num_processes} devices of a node, so each "
+                "tensor cut sums hidden states over the network; "
+                f"write tensor_parallel_size={fits} to keep them on one node"
+            )
+            rank_zero_warn(self.choices["across nodes"])
 
     def teardown(self) -> None:
         """Ends nothing that a next run needs: the module stays cut, the process group connected."""

@@ -1,4 +1,7 @@
-"""One rank's error ends all ranks in seconds, once in words, whatever the others are doing. Real gloo ranks."""
+"""One rank's error ends all ranks in seconds, once in words, whatever the others are doing. Real gloo ranks.
+
+Under each launcher: test_launch.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from lightning_bharat.models import GPTConfig, GPTModule
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.errors import ErrorWatch, PeerError
 from lightning_bharat.strategies.liveness import watched_ranks
-from tests.ranks import fresh_ranks, run_ranks, server, torchrun
+from tests.ranks import run_ranks, server
 
 WORDS = "-".join(["bad", "apple"])  # never in a source line, so that each occurrence in an output was printed
 LIMIT = 10  # seconds from the error to the end of the last rank
@@ -336,29 +339,3 @@ def test_each_rank_is_watched_by_another_one() -> None:
     for world_size, local_size in [(2, 2), (2, 1), (8, 8), (16, 4), (6, 4)]:
         watched = {other for number in range(world_size) for other in watched_ranks(number, world_size, local_size)}
         assert watched == set(range(world_size))
-
-
-SCRIPT = """
-from tests.strategies.test_errors import fit
-if __name__ == "__main__":
-    fit("training_step", 1, "raise", "collective")
-"""
-
-
-def check_script(outcome: RankOutcome) -> None:
-    assert outcome.exit_code not in (0, None) and not outcome.timed_out, outcome.output
-    assert outcome.output.count(WORDS) == 1, outcome.output
-    began = float(next(line for line in outcome.output.splitlines() if line.startswith("failing at")).split()[-1])
-    assert time.monotonic() - began < LIMIT
-
-
-@pytest.mark.slow
-def test_ranks_that_torchrun_started_end_together(tmp_path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    check_script(torchrun([str(tmp_path / "script.py")], ranks=2))
-
-
-@pytest.mark.slow
-def test_ranks_that_lightning_started_end_together(tmp_path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    check_script(fresh_ranks([str(tmp_path / "script.py")])[0])
