@@ -129,11 +129,18 @@ def safe_load(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing: {path.parent} is an incomplete copy of a checkpoint") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged, or holds objects that could run code when read, so it was not loaded: "
-            f"{str(error).split('Check the documentation')[0].strip()}"
+            f"{path} is damaged, or holds objects that could run code when read, so it was not loaded: {_reason(error)}"
         ) from None
     except Exception as error:  # of another file torch reads any bytes, and fails in many ways
         raise CheckpointError(f"{path} is damaged, or not a file of torch.save: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__} and not a checkpoint's dict")
     return found
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """In one line, without torch's advice to run the code."""
+    words = str(error).rpartition("WeightsUnpickler error: ")[2]
+    for advice in ("Please use", "Please file", "Check the documentation"):
+        words = words.split(advice)[0]
+    return " ".join(words.split())

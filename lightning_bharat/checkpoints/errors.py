@@ -51,6 +51,8 @@ def together(function: Callable[[], T]) -> T:
     words: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(words, _words(error) if error else "")
     for said in words:
+        if said and isinstance(error, CheckpointError) and str(error) == said:
+            raise error  # as it is: a chain would print the words twice
         if said:
             raise CheckpointError(said) from error
     return result  # type: ignore[return-value]

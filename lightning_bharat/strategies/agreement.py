@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def agree_on_weights(module: nn.Module, device: torch.device) -> str:
+def agree_on_weights(module: nn.Module, device: torch.device, given: Collection[str] = ()) -> str:
     """Compare the bits of all ranks' parameters and buffers; where they differ, take rank 0's.
+
+    Args:
+        module: not cut yet; what is on ``meta`` has no values to compare.
+        device: where a collective wants tensors.
+        given: names of what gets other values later.
 
     Returns:
         What was found, in words, the same on all ranks.
     """
-    tensors = [t for t in _tensors(module) if not t.is_meta]
+    tensors = list(_tensors(module, given))
     digests: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(digests, _digest(tensors))
     if len(set(digests)) == 1:
@@ -38,9 +44,13 @@ def agree_on_weights(module: nn.Module, device: torch.device) -> str:
     return "differed between ranks; rank 0's are taken"
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    every = [*module.parameters(), *module.buffers()]
-    return [tensor for tensor in every if not isinstance(tensor, DTensor)]
+def _tensors(module: nn.Module, given: Collection[str]) -> Iterator[Tensor]:
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    done = {id(tensor) for name, tensor in every if name in given}
+    for _, tensor in every:
+        if not (tensor.is_meta or isinstance(tensor, DTensor) or id(tensor) in done):
+            done.add(id(tensor))
+            yield tensor
 
 
 def _digest(tensors: list[Tensor]) -> str:

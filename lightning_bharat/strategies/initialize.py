@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_bharat.checkpoints import load_weights
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import TensorSlice, fill
-from lightning_bharat.strategies.given_weights import weights_for
+from lightning_bharat.strategies.given_weights import GivenWeights
 
 
 class InitializeError(ValueError):
@@ -118,15 +117,17 @@ class Initializer:
         weights: see :class:`~lightning_bharat.HybridStrategy`; ``None`` for the module's own.
 
     Attributes:
+        given: names of what is read from elsewhere.
         words: what it is going to do; "" if the module's own values are there and stay.
     """
 
     def __init__(self, module: nn.Module, weights: Any) -> None:
         self.module = module
-        self._given = weights_for(module, weights)
+        self._given = GivenWeights(module, weights)
+        self.given = self._given.tensors.keys()
         self._leaves = list(_leaves(module))
-        self.words = f"read from {_shown(weights)}" if self._given else ""
-        if self._leaves and not self._given:
+        self.words = self._given.words
+        if self._leaves and not self._given.tensors:
             self.words = f"{len(self._leaves)} modules on meta, each begun by its own initialization and name"
 
     def fill(self, slices: dict[str, TensorSlice], device: torch.device, offload: bool = False) -> None:
@@ -141,13 +142,12 @@ class Initializer:
             **dict(self.module.named_parameters(remove_duplicate=False)),
             **dict(self.module.named_buffers(remove_duplicate=False)),
         }
-        filling = _Filling(current, slices, {id(current[name]) for name in self._given if name in current})
+        filling = _Filling(current, slices, {id(current[name]) for name in self.given if name in current})
         seed = _seed() if self._leaves else 0
         for leaf in self._leaves:
             filling.take(leaf, seed)
         self._leaves.clear()
-        if self._given:
-            load_weights(self.module, slices, self._given)
+        self._given.fill(slices)
 
 
 class _Filling:
@@ -290,9 +290,3 @@ def _seed() -> int:
 
 def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") % 2**63
-
-
-def _shown(weights: Any) -> str:
-    if weights is None:
-        return "what the module's initial_weights() gives"
-    return str(weights) if isinstance(weights, (str, os.PathLike)) else "the given state dict"

@@ -68,11 +68,8 @@ class Preparation:
         divided = layout.data > 1 or options.offload
         if divided or layout.tensor > 1:
             refuse_module(module, units, divided)
-        given = options.weights
-        if given is None and hasattr(module, "initial_weights"):  # a module on meta may know where its weights lie
-            given = module.initial_weights()  # type: ignore[operator]
-        start = Initializer(module, given)
-        agreed = "" if given is not None else agree_on_weights(module, device)
+        start = Initializer(module, options.weights)
+        agreed = agree_on_weights(module, device, start.given)
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
         stages = strategy.stage_blocks(self.plan)
