@@ -45,9 +45,9 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
 
 def _found_by_rank_zero(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:
     answer = ""
-    with isolate_rng():
-        batch = first_batch(trainer)  # on every rank: looking at a loader may change it
-        if strategy.is_global_zero:
+    batch = first_batch(trainer)  # on every rank: looking at a loader may change it
+    if strategy.is_global_zero:
+        with isolate_rng():
             answer = json.dumps(_find(strategy, trainer, module, batch))
     told = json.loads(strategy.broadcast(answer))
     if "error" in told:

@@ -23,10 +23,12 @@ import torch
 from lightning.fabric.utilities import device_dtype_mixin, distributed, init
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loops import fit_loop, training_epoch_loop
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors import data_connector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import exceptions
+from lightning.pytorch.utilities import CombinedLoader, exceptions
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -279,6 +281,26 @@ def loops_know_their_loaders() -> None:
     for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop._data_source.instance = loader
         assert loop._data_source.dataloader() is loader
+
+
+@relied_on("_request_dataloader", "_mode")
+def loaders_are_asked_for_by_the_source() -> None:
+    """_request_dataloader(source) returns what source.dataloader() does; a CombinedLoader knows its _mode."""
+    source = L.Trainer(barebones=True).fit_loop._data_source
+    source.dataloader = lambda: [1, 2]
+    assert data_connector._request_dataloader(source) == [1, 2]
+    assert CombinedLoader([[1]], "sequential")._mode == "sequential"
+
+
+@relied_on("_logger_connector")
+def values_are_logged_after_a_batch_s_hooks() -> None:
+    """After the hooks of a batch, the loop calls _logger_connector.update_train_step_metrics, then on_advance_end."""
+    advance = inspect.getsource(training_epoch_loop._TrainingEpochLoop.advance)
+    assert advance.index('"on_train_batch_end"') < advance.index("_logger_connector.update_train_step_metrics()")
+    run = inspect.getsource(fit_loop._FitLoop.run)
+    calls = ("setup_data", "skip", "on_run_start", "done", "on_advance_start", "advance", "on_advance_end")
+    places = [run.index(f"self.{name}") for name in calls]
+    assert places == sorted(places)
 
 
 @relied_on("_throughputs")
