@@ -17,6 +17,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn

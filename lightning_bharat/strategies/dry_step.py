@@ -10,7 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_bharat.strategies import _lightning
@@ -88,12 +90,22 @@ def _optimizers_and_schedulers(copy: pl.LightningModule) -> tuple[Any, Any]:
 
 
 def first_batch(trainer: pl.Trainer) -> Any:
-    """A batch as the loader of the loop that runs would give it, without starting its workers or moving its sampler.
+    """A batch as the loaders of the loop that runs would give it, without starting workers, moving samplers or drawing
+    random numbers. The trainer goes on with the same loaders.
 
     Raises:
         ValueError: there is no loader to take one from.
     """
-    loader = _loader(trainer)
+    loaders, of_each = _lightning.take_loaders(trainer)
+    while not of_each and isinstance(loaders, (dict, list, tuple)) and loaders:
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+    with isolate_rng():
+        return tree_map(_first, loaders)
+
+
+def _first(loader: Any) -> Any:
+    if loader is None or isinstance(loader, Tensor):
+        raise ValueError("there is no loader to observe a step with")
     dataset = getattr(loader, "dataset", None)
     size = getattr(loader, "batch_size", None) or 2
     if (
@@ -117,12 +129,3 @@ def first_batch(trainer: pl.Trainer) -> Any:
     if batch is None:
         raise ValueError("the loader gives no batch: there is none to observe a step with")
     return batch
-
-
-def _loader(trainer: pl.Trainer) -> Any:
-    loader = _lightning.step_and_source(trainer)[1].dataloader()
-    while isinstance(loader, (dict, list, tuple)) and len(loader):
-        loader = next(iter(loader.values())) if isinstance(loader, dict) else loader[0]
-    if loader is None or isinstance(loader, Tensor):
-        raise ValueError("there is no loader to observe a step with")
-    return loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import even, stages_of
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning, already_cut
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
@@ -135,8 +136,13 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.accelerator.setup(trainer)
         module = self._module()
         _lightning.use_no_grad(trainer)
+        if self.world_size > 1:
+            _lightning.agree_on_stopping(trainer, partial(self.reduce_boolean_decision, all=False))
         if self._prepared is None or self._prepared.module is not module:
-            self._prepared = Preparation(self, trainer, module)
+            self._prepared = already_cut.take(self, module)
+            if self._prepared is None:
+                self._prepared = Preparation(self, trainer, module)
+                already_cut.remember(self, self._prepared)
             self.plan, self.slices = self._prepared.plan, self._prepared.slices
             self._pipeline = ScheduledSteps(self, self._prepared) if self.layout.pipeline > 1 else None
             self.stages = self._pipeline.stages if self._pipeline else None
