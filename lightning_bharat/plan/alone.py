@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.blocks import UNCUT, PlanError
 
 
 class Alone(TorchDispatchMode):
@@ -21,6 +21,6 @@ class Alone(TorchDispatchMode):
             raise PlanError(
                 f"the training step exchanges with other ranks ({func.overloadpacket}), and what it does is "
                 "seen on one. Exchange by the strategy (self.trainer.strategy.reduce(value), self.all_gather(value)), "
-                "or write tensor_parallel_size=1"
+                f"or {UNCUT}"
             )
         return func(*args, **(kwargs or {}))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+UNCUT = "write tensor_parallel_size=1 and pipeline_parallel_size=1"
+
 
 class PlanError(ValueError):
     """A model that cannot be cut as asked; the message names the module, what was tried and what to write."""

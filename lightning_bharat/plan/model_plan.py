@@ -97,9 +97,12 @@ class ModelPlan:
         return tuple(f"{self.blocks}.{child}" for child, _ in module.get_submodule(self.blocks).named_children())
 
     def shared(self) -> list[str]:
-        """Parameters outside of blocks that are needed in more than one place: on several stages, if there are as many
-        as blocks."""
-        return [name for name, blocks in self.needs.items() if len({min(b, self.depth - 1) for b in blocks}) > 1]
+        """Parameters that are needed in more than one place: on several stages, if there are as many as blocks."""
+
+        def places(name: str, blocks: tuple[int, ...]) -> int:
+            return len({min(b, self.depth - 1) for b in blocks}) + name.startswith(f"{self.blocks}.")
+
+        return [name for name, blocks in self.needs.items() if places(name, blocks) > 1]
 
     def all_cuts(self) -> Iterator[Cut]:
         """Every distinct cut: those in blocks, then those outside."""
@@ -141,8 +144,9 @@ class ModelPlan:
         lines += [f"  tied    {' = '.join(names)}" for names in self.tied]
         lines += [f"  whole   {name}: {why}" for name, why in self.whole.items()]
         if self.apart != "not tried":
-            shared = "".join(f"; {name} is on several" for name in self.shared())
-            where = f"may begin at every block{shared}" if not self.apart else f"none, since {self.apart}"
+            shared = self.shared()
+            several = f"; on several: {', '.join(shared[:4])}{', ...' * (len(shared) > 4)}" if shared else ""
+            where = f"may begin at every block{several}" if not self.apart else f"none, since {self.apart}"
             lines.append(f"  stages  {where}")
         if self.proven:
             lines.append(f"  proven for {', '.join(map(str, self.proven))} tensor ranks, in float64")

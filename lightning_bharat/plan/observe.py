@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.alone import Alone
-from lightning_bharat.plan.blocks import PlanError, block_list, block_names, kinds_of
+from lightning_bharat.plan.blocks import UNCUT, PlanError, block_list, block_names, kinds_of
 from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.exchange import OnePeer
 from lightning_bharat.plan.sources import FromBlock, Sources
@@ -147,8 +147,8 @@ def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Obs
     except Exception as error:
         raise PlanError(
             f"the training step could not be run on fake tensors: {type(error).__name__}: {error}. "
-            "A tensor cut is used only where one dry run of the step shows what it does: keep values out of "
-            "control flow in the step, or use tensor_parallel_size=1"
+            "A model is cut over tensor ranks or stages only where one dry run of the step shows what it does: keep "
+            f"values out of control flow in the step, or {UNCUT}"
         ) from error
     try:
         short = _observe(module, step, _shorten(batch, multiple), names, kinds)
@@ -184,13 +184,13 @@ def _not_run(blocks: str | None, missing: str) -> str:
     if blocks is None:
         called = f"the training step does not call {missing!r}" if missing else "the training step is not in one module"
         return (
-            f"nothing can be cut over tensor ranks: the model has no list of two or more blocks of one class, and "
-            f"{called}, which holds all parameters. Put the layers into one nn.Module that the step calls, or repeated "
-            "ones into an nn.ModuleList; or write tensor_parallel_size=1"
+            f"the model can't be cut: it has no list of two or more blocks of one class, and {called}, which holds all "
+            "parameters. Put the layers into one nn.Module that the step calls, or repeated ones into an "
+            f"nn.ModuleList; or {UNCUT}"
         )
     return (
-        f"nothing can be cut over tensor ranks: block {missing!r} of {blocks!r} does not run in the training step, so "
-        "it can't be known what it does. Call it, or write tensor_parallel_size=1"
+        f"the model can't be cut: block {missing!r} of {blocks!r} does not run in the training step, so it can't be "
+        f"known what it does. Call it, or {UNCUT}"
     )
 
 

@@ -7,6 +7,7 @@ in the middle (manual optimization) and read weights without calling the module 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.distributed import Store
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
@@ -165,6 +168,26 @@ def is_view(tensor: Tensor) -> bool:
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Whether anything was registered to be called with the gradient of ``parameter``."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` as a whole was given to ``torch.compile``."""
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def no_compiler() -> str:
+    """Why there is no C++ compiler that ``torch.compile`` could use; "" if there is one."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return str(error)
+    return ""
+
+
+def without_hooks(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes of ``optimizer``, with no hooks, and without the ``step`` that schedulers put over its own."""
+    kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    return {**kept, "_optimizer_step_pre_hooks": OrderedDict(), "_optimizer_step_post_hooks": OrderedDict()}
 
 
 def found_infs(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> list[Tensor]:

@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.find import find_plan, structural_plan
+from lightning_bharat.plan.layout import LayoutError
 from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.propose import named_styles
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
 
 if TYPE_CHECKING:
@@ -31,16 +33,28 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
         if isinstance(given, ModelPlan):
             return given
         if given is not None:
+            named_styles(module, given)  # refuses names that there are not
             strategy.choices["plan"] = "not used: tensor_parallel_size is 1"
         return structural_plan(module)
     plan = given if isinstance(given, ModelPlan) else _found_by_rank_zero(strategy, trainer, module)
     strategy.layout.check(plan)
+    _check_stages(strategy, plan)
     if strategy.layout.pipeline > 1 and plan.apart:
         raise PlanError(
             f"pipeline_parallel_size={strategy.layout.pipeline}: the blocks of {plan.blocks!r} can't lie on different "
             f"stages: {plan.apart}. Write pipeline_parallel_size=1, and use data_parallel_size or tensor_parallel_size"
         )
     return plan
+
+
+def _check_stages(strategy: HybridStrategy, plan: ModelPlan) -> None:
+    stages, ranks, schedule = len(strategy.stage_blocks(plan)), strategy.layout.pipeline, strategy.options.schedule
+    if stages > plan.depth:
+        raise LayoutError(
+            f"pipeline_parallel_size={ranks} with schedule={schedule!r}, {stages // ranks} stages on each rank, needs "
+            f"{stages} blocks, and {plan.blocks!r} has {plan.depth}; write schedule='1F1B', or at most "
+            f"pipeline_parallel_size={plan.depth * ranks // stages}"
+        )
 
 
 def _found_by_rank_zero(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:

@@ -26,7 +26,7 @@ from lightning_bharat.strategies.buffers import compare_buffers
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.recompute import recompute
-from lightning_bharat.strategies.refusals import refuse_gradient_hooks, refuse_module
+from lightning_bharat.strategies.refusals import refuse_compiled_parent, refuse_gradient_hooks, refuse_module
 from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.stage import keep_own
 from lightning_bharat.strategies.tensor import cut_module
@@ -84,6 +84,7 @@ class Preparation:
         if layout.data > 1 and (count := normalize_over_ranks(module, strategy.data_group)):
             choices["batch norm"] = f"statistics over the rows of all data ranks, in {count} modules"
         if layout.pipeline > 1:
+            refuse_compiled_parent(module, self.plan.blocks)
             mine = strategy.stages_of_rank()
             self.held = keep_own(module, self.plan, stages, mine, device)
             units = [name for name in units if not any(map(is_elsewhere, module.get_submodule(name).parameters()))]

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_bharat.strategies._torch import has_gradient_hooks
+from lightning_bharat.strategies._torch import has_gradient_hooks, is_compiled
 
 _WRAPPERS = (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
@@ -63,6 +63,23 @@ def refuse_gradient_hooks(parameters: Iterable[tuple[str, Tensor]]) -> None:
                 f"parameter {name} has a hook on its gradient (register_hook), which would see this rank's piece, or "
                 "never be called; change p.grad in on_after_backward or on_before_optimizer_step instead, or use "
                 "parameter groups of the optimizer with rates of their own"
+            )
+
+
+def refuse_compiled_parent(module: nn.Module, blocks: str) -> None:
+    """Refuse that a module around ``blocks`` is compiled: its program has the blocks of other stages in it.
+
+    Raises:
+        ModuleError: names it.
+    """
+    path = blocks.split(".")
+    for name in (".".join(path[:i]) for i in range(len(path))):
+        part = module.get_submodule(name)
+        if is_compiled(part):
+            raise ModuleError(
+                f"{name or 'the module'} ({type(part).__name__}) is compiled as a whole, with the blocks of all "
+                "pipeline stages; leave its compile() out and write HybridStrategy(compile=True), which compiles each "
+                "block"
             )
 
 

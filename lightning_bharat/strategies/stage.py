@@ -31,11 +31,12 @@ class StageDone(BaseException):
 
 
 class _Placeholder(nn.Module):
-    """Stands for ``block``, whose attributes it shows."""
+    """Stands for ``block``, whose attributes it shows. Its parameters too: a step may go through those of the model."""
 
     def __init__(self, block: nn.Module, plan: ModelPlan) -> None:
         super().__init__()
         self.__dict__.update(_block=block, _plan=plan)
+        self.__dict__.update(_parameters=block._parameters, _buffers=block._buffers, _modules=block._modules)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)

@@ -1,11 +1,7 @@
-"""torchmetrics objects under a pipeline: the last stage updates them, every rank computes them.
-
-(The one file that touches private names of torchmetrics.)
-"""
+"""torchmetrics objects under a pipeline: the last stage updates them, every rank computes them."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_bharat.strategies import _torchmetrics
 
 
 class MetricError(ValueError):
@@ -65,10 +62,7 @@ class StageMetrics:
     def _remembering(self, name: str, forward: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             if name not in self._of_batch:
-                made = self._of_batch[name] = _copied(self.metrics[name])
-                vars(made).pop("forward", None)
-                made._to_sync = False
-                made.reset()
+                self._of_batch[name] = _torchmetrics.of_this_rank(self.metrics[name])
             self._of_batch[name].update(*args, **kwargs)
             return forward(*args, **kwargs)
 
@@ -79,20 +73,14 @@ class StageMetrics:
 
     def counts(self) -> dict[str, int]:
         """How often each metric was updated."""
-        return {name: metric._update_count for name, metric in self.metrics.items()}
+        return {name: _torchmetrics.updates(metric) for name, metric in self.metrics.items()}
 
     def follow(self, counts: dict[str, int], values: dict[str, Any]) -> None:
         """On ranks of other stages: know of the updates, and of the values on the last batch."""
         for name, count in counts.items():
-            metric = self.metrics[name]
-            if metric._update_count != count:
-                metric._update_count, metric._computed = count, None
+            _torchmetrics.know_of_updates(self.metrics[name], count)
         for name, value in values.items():
-            self.metrics[name]._forward_cache = value
-
-
-def _copied(metric: Metric) -> Metric:
-    return copy.deepcopy(metric, {id(metric.process_group): metric.process_group})
+            _torchmetrics.set_last_value(self.metrics[name], value)
 
 
 class _FromLast:
@@ -119,8 +107,7 @@ def _refuse(name: str, metric: Metric) -> None:
         )
     if metric.dist_sync_fn is not None and not isinstance(metric.dist_sync_fn, _FromLast):
         raise MetricError(f"{name}: under a pipeline the strategy gathers the metric's state; leave out dist_sync_fn")
-    lists = [key for key, default in metric._defaults.items() if isinstance(default, list)]
-    if apart := [key for key in lists if metric._reductions[key] is not dim_zero_cat]:
+    if apart := _torchmetrics.lists_apart(metric):
         raise MetricError(
             f"{name}: {type(metric).__name__} keeps lists ({', '.join(apart)}) that are not put together, which works "
             "on one stage alone; write pipeline_parallel_size=1, or log numbers"

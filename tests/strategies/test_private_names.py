@@ -1,4 +1,5 @@
-"""Private names of Lightning and torch: they stand in two files, or in a short list, and mean what is relied on.
+"""Private names of Lightning, torch and torchmetrics: they stand in three files, or in a short list, and mean what is
+relied on.
 
 When a test here fails after an upgrade, its words say which name moved or changed and what the package asks of it.
 """
@@ -37,12 +38,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.utils import checkpoint
+from torchmetrics import CatMetric
+from torchmetrics.utilities.data import dim_zero_cat
 
 import lightning_bharat
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
-THE_TWO = ("strategies/_lightning.py", "strategies/_torch.py")
+THE_THREE = ("strategies/_lightning.py", "strategies/_torch.py", "strategies/_torchmetrics.py")
 
 # What other files may use: torch has no public name for it, and much outside of torch is built on it.
 EVERYWHERE = {
@@ -74,7 +77,7 @@ EVERYWHERE = {
 # Private names of Lightning's classes that classes of this package set or override, on purpose.
 INHERITED = {"_configure_launcher", "_launcher", "_precision_plugin"}
 
-# Attributes that the two files give to objects of torch's.
+# Attributes that the three files give to objects of torch's.
 OURS = {"_agrees"}
 
 
@@ -171,13 +174,13 @@ def use(x, own):
     assert found == {"_shard", "_inductor", "_thing", "_hidden", "_named", "_deep", "_deeper", "_inherited"}
 
 
-def test_private_names_stand_in_two_files_or_in_the_list() -> None:
+def test_private_names_stand_in_three_files_or_in_the_list() -> None:
     trees = files()
     own = own_names(trees)
     allowed = set(EVERYWHERE) | INHERITED
-    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_TWO}
+    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_THREE}
     found = {name: private for name, private in found.items() if private}
-    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_TWO)}: {found}"
+    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_THREE)}: {found}"
 
 
 def test_nothing_in_the_list_is_left_over() -> None:
@@ -218,10 +221,10 @@ def test_no_class_takes_a_private_name_that_a_class_it_extends_has() -> None:
     assert seen == INHERITED, "not taken any more, or not found any more"
 
 
-def test_every_private_name_of_the_two_files_is_checked_below() -> None:
+def test_every_private_name_of_the_three_files_is_checked_below() -> None:
     trees = files()
     own = own_names(trees)
-    found = {name for file in THE_TWO for name in foreign(trees[file], own)} - OURS
+    found = {name for file in THE_THREE for name in foreign(trees[file], own)} - OURS
     assert found - set(CHECKS) == set(), "write a check: that it exists, and means what is relied on"
     assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
 
@@ -371,6 +374,30 @@ def hooks_on_gradients_are_seen() -> None:
     one.register_hook(lambda grad: grad)
     two.register_post_accumulate_grad_hook(lambda parameter: None)
     assert one._backward_hooks and two._post_accumulate_grad_hooks
+
+
+@relied_on("_compiled_call_impl")
+def compiled_modules_say_so() -> None:
+    """nn.Module._compiled_call_impl is None until compile(); torch.compile(module) makes an OptimizedModule."""
+    module = nn.Linear(1, 1)
+    assert module._compiled_call_impl is None
+    assert type(torch.compile(module)).__name__ == "OptimizedModule"
+    module.compile()
+    assert module._compiled_call_impl is not None
+
+
+@relied_on("_defaults", "_reductions", "_update_count", "_computed", "_forward_cache", "_to_sync")
+def metrics_keep_states_and_what_they_were() -> None:
+    """torchmetrics: states by name with their defaults and reductions, and what was computed until the next update."""
+    metric = CatMetric()
+    assert metric._defaults == {"value": []} and metric._reductions == {"value": dim_zero_cat}
+    assert metric._to_sync and metric._update_count == 0
+    metric(torch.ones(2))
+    assert metric._update_count == 1 and torch.equal(metric._forward_cache, torch.ones(2))
+    metric.compute()
+    assert metric._computed is not None
+    metric.update(torch.ones(1))
+    assert metric._computed is None
 
 
 @relied_on("_found_inf_per_device", "_check_inf_per_device")

@@ -1,0 +1,40 @@
+"""The one file that touches private names of torchmetrics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+
+def lists_apart(metric: Metric) -> list[str]:
+    """States that are lists and are not put together when ranks are gathered."""
+    lists = [key for key, default in metric._defaults.items() if isinstance(default, list)]
+    return [key for key in lists if metric._reductions[key] is not dim_zero_cat]
+
+
+def updates(metric: Metric) -> int:
+    """How often it was updated since it was reset."""
+    return metric._update_count
+
+
+def know_of_updates(metric: Metric, count: int) -> None:
+    """Another rank has updated its part of ``metric``: what was computed before does not hold."""
+    if metric._update_count != count:
+        metric._update_count, metric._computed = count, None
+
+
+def set_last_value(metric: Metric, value: Any) -> None:
+    """What ``metric`` was on the last batch, which is logged by steps."""
+    metric._forward_cache = value
+
+
+def of_this_rank(metric: Metric) -> Metric:
+    """A copy without states, which is not gathered from other ranks."""
+    made = copy.deepcopy(metric, {id(metric.process_group): metric.process_group})
+    vars(made).pop("forward", None)
+    made._to_sync = False
+    made.reset()
+    return made
