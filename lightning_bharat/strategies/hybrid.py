@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import even, stages_of
 from lightning_bharat.plan.shards import TensorSlice
@@ -26,6 +27,7 @@ from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.loaders import TogetherLoaders
+from lightning_bharat.strategies.optimizer_proof import prove_optimizer
 from lightning_bharat.strategies.options import Auto, Options
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
@@ -162,6 +164,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
                     f"{len(self.optimizers)}; write token_weighted=False and weigh losses in the step"
                 )
             for optimizer in self.optimizers:
+                if self.world_size > 1:
+                    prove_optimizer(optimizer, parameter_names(module), self.slices)
                 self._prepared.watch(optimizer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

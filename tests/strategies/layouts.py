@@ -48,10 +48,20 @@ class Layers(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A module's factory, and what ``fit`` takes besides."""
+    """A module's factory, what ``fit`` takes besides, and whether it is also run on data × tensor ranks."""
 
     module: Callable[[], Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    both: bool = True
+
+
+def places(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
+    """(name, layout) of all runs."""
+    return [(name, layout) for layout in LAYOUTS for name in _on(layout, cases)]
+
+
+def _on(layout: str, cases: Mapping[str, Case]) -> list[str]:
+    return [name for name, case in cases.items() if case.both or "×" not in layout]
 
 
 def check(cases: Mapping[str, Case], name: str, layout: str) -> None:
@@ -65,14 +75,14 @@ def check(cases: Mapping[str, Case], name: str, layout: str) -> None:
 @cache
 def _run(where: str, layout: str) -> list[dict[str, Result]]:
     """What each rank found, of all cases of a test's module."""
-    ranks, strategy = LAYOUTS.get(layout, (1, None))
-    return run_ranks(_all, ranks, where, strategy, timeout=90)
+    return run_ranks(_all, LAYOUTS[layout][0] if layout else 1, where, layout, timeout=90)
 
 
-def _all(where: str, strategy: dict[str, Any] | None) -> dict[str, Result]:
-    return {name: _named(where, name, strategy) for name in importlib.import_module(where).CASES}
+def _all(where: str, layout: str) -> dict[str, Result]:
+    cases = importlib.import_module(where).CASES
+    return {name: run(cases[name], LAYOUTS[layout][1] if layout else None) for name in _on(layout, cases)}
 
 
-def _named(where: str, name: str, strategy: dict[str, Any] | None) -> Result:
-    case = importlib.import_module(where).CASES[name]
-    return fit(case.module, strategy, **{"steps": 6, "batches": 3, **case.options})
+def run(case: Case, strategy: dict[str, Any] | None) -> Result:
+    """On the ranks that call it."""
+    return fit(case.module, strategy, **{"steps": 5, "batches": 3, "limit_val_batches": 1, **case.options})

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.modules import Batch
 from tests.plan.models import Nano
-from tests.strategies.layouts import LAYOUTS, Case, Layers, check
+from tests.strategies.layouts import Case, Layers, check, places
 from tests.strategies.odd import Odd, OnVectors
 
 
@@ -209,23 +209,22 @@ class Alternating(Gan):
 
 CASES = {
     "one": Case(One),
-    "steps first": Case(StepsFirst),
+    "steps first": Case(StepsFirst, both=False),
     "accumulates": Case(Accumulates),
     "without sync": Case(WithoutSync),
-    "clips by value": Case(Clips),
+    "clips by value": Case(Clips, both=False),
     "two losses": Case(TwoLosses),
-    "steps twice": Case(StepsTwice),
-    "closure": Case(Closure),
+    "steps twice": Case(StepsTwice, both=False),
+    "closure": Case(Closure, both=False),
     "in blocks": Case(InBlocks),
-    "gan": Case(lambda: Gan("")),
+    "gan": Case(lambda: Gan(""), both=False),
     "gan toggle": Case(lambda: Gan("toggle")),
-    "gan toggled": Case(lambda: Gan("toggled_optimizer")),
-    "gan toggle_model": Case(lambda: Gan("toggle_model")),
+    "gan toggled": Case(lambda: Gan("toggled_optimizer"), both=False),
+    "gan toggle_model": Case(lambda: Gan("toggle_model"), both=False),
     "alternating": Case(lambda: Alternating("toggle")),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "layout"), places(CASES))
 def test_by_hand_as_on_one_process(name: str, layout: str) -> None:
     check(CASES, name, layout)
