@@ -26,8 +26,10 @@ def local_path(path: Any) -> Path:
     """``path`` as a :class:`Path`.
 
     Raises:
-        CheckpointError: it is a URL; checkpoints are written to file systems.
+        CheckpointError: it is no path, or a URL; checkpoints are written to file systems.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint's path is {path!r}; write a string or a Path")
     if "://" in str(path):
         raise CheckpointError(f"{path!s} is a URL; checkpoints are directories: write to a mounted path and copy it")
     return Path(os.path.abspath(path))

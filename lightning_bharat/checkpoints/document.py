@@ -132,7 +132,8 @@ def safe_load(path: Path, mmap: bool = False) -> dict[str, Any]:
             f"{path} is damaged, or holds objects that could run code when read, so it was not loaded: {_reason(error)}"
         ) from None
     except Exception as error:  # of another file torch reads any bytes, and fails in many ways
-        raise CheckpointError(f"{path} is damaged, or not a file of torch.save: {error}") from None
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged, or not a file of torch.save ({why})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__} and not a checkpoint's dict")
     return found

@@ -56,9 +56,20 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise CheckpointError(f"there is no {path.parent}; {_beside(path.parent)}") from None
         raise CheckpointError(f"{path} is missing: {path.parent} is no checkpoint, or an incomplete copy") from None
     except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: it can't be read as JSON ({error})") from None
+
+
+def _beside(path: Path) -> str:
+    """What there is instead of ``path``."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    found = sorted(
+        file.name for file in folder.glob("*") if file.suffix == ".ckpt" or (file / "MANIFEST.json").is_file()
+    )
+    return f"in {folder} are {', '.join(found[:8])}" if found else f"{folder} has no checkpoint"
 
 
 def write_index(folder: Path, metadata: Metadata, files: dict[MetadataIndex, str]) -> None:

@@ -251,7 +251,7 @@ def _all_used(
     """Refuse a person's plan of which something could not be proven."""
     if whole:
         name, why = next(iter(whole.items()))
-        raise PlanError(f"plan: the cut of {name} is not right: {why}")
+        raise PlanError(f"plan: the cut of {name} is not right: {why}. Leave these names out of plan: they stay whole")
     for block, kind in zip(seen.names, seen.kinds, strict=True):
         used = {n for cut in cuts[kind] for n in (*(c.module for c in cut.columns), *cut.rows)}
         for name, style in styles.items():

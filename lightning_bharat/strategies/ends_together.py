@@ -19,7 +19,9 @@ class EndsTogether:
     - ``_configure_launcher``: the launcher reports what leaves the trainer's function *before* Lightning calls any
       callback's ``on_exception``, which may save a checkpoint and wait for ranks that will not come;
     - ``on_exception``: reports what the launcher has not seen;
-    - ``teardown``: ends the watch, whatever happens in it.
+    - the launcher also waits, when the trainer's function is through with its last hooks (``on_fit_end`` and
+      ``teardown`` come after the strategy's ``teardown``), until all ranks are: none ends well beside one that fails;
+    - ``teardown``: ends the watch after an error, whatever happens in it.
 
     Attributes:
         watch: ``None`` before ``setup_environment``. A strategy that has a layout sets ``self.watch.rank_name =
@@ -54,17 +56,22 @@ class EndsTogether:
         try:
             super().teardown()  # type: ignore[misc]
         finally:
-            if self.watch is not None:
+            if self.watch is not None and not getattr(self._launcher, "is_running", False):
                 self.watch.stop()
 
 
 class _ReportingLauncher(SubprocessLauncher):
     watch: Callable[[], ErrorWatch | None]
+    is_running = False
 
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         def reporting(*args: Any, **kwargs: Any) -> Any:
+            self.is_running = True
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                if (watch := self.watch()) is not None:
+                    watch.finish()
+                return result
             except NOT_AN_ERROR:
                 raise
             except BaseException as error:
@@ -73,5 +80,7 @@ class _ReportingLauncher(SubprocessLauncher):
                 if answer is error:
                     raise
                 raise answer from error
+            finally:
+                self.is_running = False
 
         return super().launch(reporting, *args, trainer=trainer, **kwargs)

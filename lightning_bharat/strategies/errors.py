@@ -118,8 +118,28 @@ class ErrorWatch:
             self._answer = self._settle(error) if is_on else error
         return self._answer
 
+    def finish(self) -> None:
+        """This rank is ready: wait until all are, and stop to watch.
+
+        Raises:
+            PeerError: another rank failed meanwhile.
+        """
+        if self._thread is None or self._stopped.is_set():
+            return
+        try:
+            self._mark(self._store, "done")
+            ready, pause = self._store.add("ready", 1), 0.001
+            while ready < self.world_size and self._first is None:
+                time.sleep(pause)
+                ready, pause = self._store.add("ready", 0), min(1.5 * pause, 0.2)
+        except dist.DistError:  # the thread is about to learn why
+            self._known.wait(3)
+        if self._first is not None:
+            raise PeerError(self._first, self.rank_name(self.rank))
+        self.stop()
+
     def stop(self) -> None:
-        """Stop to watch: this rank is ready, or has reported why it is not."""
+        """Stop to watch: all ranks are ready, or this one has reported why it is not."""
         if self._thread is None or self._stopped.is_set():
             return
         self._stopped.set()

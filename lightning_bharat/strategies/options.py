@@ -13,16 +13,10 @@ from torch import nn
 
 from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.layout import Layout, LayoutError
+from lightning_bharat.strategies.arguments import check
 from lightning_bharat.strategies.memory import device_bytes, fitting_tensor_size
-from lightning_bharat.strategies.recompute import MODES
-from lightning_bharat.strategies.schedule import KINDS
 
 Auto: TypeAlias = int | Literal["auto"]
-
-_NOT_YET = {
-    "context_parallel_size": (1,),
-    "expert_parallel_size": (1,),
-}
 
 
 @dataclass(frozen=True)
@@ -56,28 +50,7 @@ class Options:
     timeout: timedelta | None
 
     def __post_init__(self) -> None:
-        for name, done in _NOT_YET.items():
-            if getattr(self, name) not in done:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: this version cuts over data, tensor and pipeline ranks only; "
-                    f"leave {name} out"
-                )
-        for name in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
-            size = getattr(self, name)
-            if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(f'{name}={size!r}: write a whole number from 1 up, or "auto"')
-        if self.schedule not in KINDS:
-            raise ValueError(f"schedule={self.schedule!r}: write one of {', '.join(KINDS)}")
-        wanted = self.num_microbatches
-        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
-            raise ValueError(f"num_microbatches={wanted!r}: write a whole number from 1 up, or None")
-        for name in ("sequence_parallel", "loss_parallel"):
-            if getattr(self, name) not in (True, False, "auto"):
-                raise ValueError(f'{name}={getattr(self, name)!r}: write True, False or "auto"')
-        if self.activation_checkpointing not in MODES:
-            raise ValueError(
-                f'activation_checkpointing={self.activation_checkpointing!r}: write "full", "selective" or None'
-            )
+        check(vars(self))
 
     def layout(
         self, devices: int, devices_on_host: int, module: nn.Module, device: torch.device, choices: dict[str, str]
@@ -89,44 +62,55 @@ class Options:
         """
         pipeline = 1 if self.pipeline_parallel_size == "auto" else self.pipeline_parallel_size
         if devices % pipeline:
-            raise LayoutError(f"pipeline_parallel_size={pipeline} does not divide the {devices} devices")
+            raise LayoutError(
+                f"pipeline_parallel_size={pipeline} does not divide the {devices} devices; "
+                f"sizes that do: {_divisors(devices)}"
+            )
         devices //= pipeline
+        those = f"{devices} devices" + (f" of each of the {pipeline} pipeline stages" if pipeline > 1 else "")
         tensor = self.tensor_parallel_size
         if tensor == "auto":
-            tensor, choices["tensor_parallel_size"] = self._auto_tensor(devices, devices_on_host, module, device)
+            tensor, choices["tensor_parallel_size"] = self._auto_tensor(devices, those, devices_on_host, module, device)
         data = self.data_parallel_size
         if data == "auto":
             if devices % tensor:
-                fits = [n for n in range(1, devices + 1) if devices % n == 0]
                 raise LayoutError(
-                    f"tensor_parallel_size={tensor} does not divide the {devices} devices; "
-                    f"sizes that do: {', '.join(map(str, fits))}"
+                    f"tensor_parallel_size={tensor} does not divide the {those}; sizes that do: {_divisors(devices)}"
                 )
             data = devices // tensor
         if data * tensor != devices:
             raise LayoutError(
                 f"data_parallel_size={data} × tensor_parallel_size={tensor} = {data * tensor} ranks, and there are "
-                f'{devices} devices; write data_parallel_size="auto" or devices={data * tensor}'
+                f'{those}; write data_parallel_size="auto" or devices={data * tensor * pipeline}'
+            )
+        if data % self.replicate_size:
+            raise LayoutError(
+                f"replicate_size={self.replicate_size} does not divide the {data} data ranks; "
+                f"sizes that do: {_divisors(data)}"
             )
         return Layout(data=data, tensor=tensor, pipeline=pipeline, replicate=self.replicate_size)
 
     def _auto_tensor(
-        self, devices: int, devices_on_host: int, module: nn.Module, device: torch.device
+        self, devices: int, those: str, devices_on_host: int, module: nn.Module, device: torch.device
     ) -> tuple[int, str]:
         if self.data_parallel_size != "auto":
             if devices % self.data_parallel_size:
                 raise LayoutError(
-                    f"data_parallel_size={self.data_parallel_size} does not divide the {devices} devices; "
+                    f"data_parallel_size={self.data_parallel_size} does not divide the {those}; "
                     f'write data_parallel_size="auto"'
                 )
             size = devices // self.data_parallel_size
-            return size, f"{size}, what data_parallel_size={self.data_parallel_size} leaves of {devices} devices"
+            return size, f"{size}, what data_parallel_size={self.data_parallel_size} leaves of {those}"
         shapes = _on_meta(module)
         if shapes is None:
             return 1, "1: configure_model could not be run on meta to see whether the model fits"
         memory = device_bytes(device, devices_on_host)
         size, need = fitting_tensor_size(shapes, devices, devices_on_host, memory)
         return size, f"{size}: {need}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _on_meta(module: nn.Module) -> nn.Module | None:

@@ -1,0 +1,144 @@
+"""Which values each argument of HybridStrategy takes, and what to write instead of any other."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.propose import STYLES
+from lightning_bharat.strategies.recompute import MODES
+from lightning_bharat.strategies.schedule import KINDS
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_size_or(other: Any) -> Callable[[Any], bool]:
+    return lambda value: _is_size(value) or (type(value) is type(other) and value == other)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_flag_or_auto(value: Any) -> bool:
+    return isinstance(value, bool) or value == "auto"
+
+
+def _one_of(words: Iterable[str | None]) -> Callable[[Any], bool]:
+    known = tuple(words)
+    return lambda value: (value is None or isinstance(value, str)) and value in known
+
+
+def _is_plan(value: Any) -> bool:
+    if value is None or isinstance(value, ModelPlan):
+        return True
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value) and not _unknown_styles(value)
+
+
+def _unknown_styles(plan: Mapping) -> list[Any]:
+    return [style for style in plan.values() if not isinstance(style, str) or style not in STYLES]
+
+
+def _wrong_part(value: Any) -> Any:
+    """Of a plan for many modules, what is wrong with it."""
+    if not isinstance(value, Mapping):
+        return value
+    wrong = _unknown_styles(value)
+    return {name: style for name, style in value.items() if not isinstance(name, str) or style in wrong}
+
+
+def _are_weights(value: Any) -> bool:
+    return value is None or isinstance(value, (str, os.PathLike, Mapping))
+
+
+def _is_backend(value: Any) -> bool:
+    """``"gloo"``, or one for each kind of device: ``"cpu:gloo,cuda:nccl"``."""
+    if not isinstance(value, str):
+        return value is None
+    return all(part.split(":")[-1] in dist.Backend.backend_list for part in value.split(","))
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (isinstance(value, timedelta) and value > timedelta())
+
+
+_SIZE: Rule = (_is_size, "a whole number from 1 up")
+_AUTO_SIZE: Rule = (_is_size_or("auto"), 'a whole number from 1 up, or "auto"')
+_FLAG: Rule = (_is_flag, "True or False")
+_AUTO_FLAG: Rule = (_is_flag_or_auto, 'True, False or "auto"')
+
+RULES: dict[str, Rule] = {
+    "data_parallel_size": _AUTO_SIZE,
+    "tensor_parallel_size": _AUTO_SIZE,
+    "pipeline_parallel_size": _AUTO_SIZE,
+    "context_parallel_size": _SIZE,
+    "expert_parallel_size": _SIZE,
+    "replicate_size": _SIZE,
+    "num_microbatches": (_is_size_or(None), "a whole number from 1 up, or None"),
+    "schedule": (_one_of(KINDS), f"one of {', '.join(KINDS)}"),
+    "sequence_parallel": _AUTO_FLAG,
+    "loss_parallel": _AUTO_FLAG,
+    "token_weighted": _FLAG,
+    "microbatch_fn": (lambda value: value is None or callable(value), "a function of a batch and a number, or None"),
+    "plan": (
+        _is_plan,
+        "a ModelPlan, None, or a dict of module names (with * for the number of a block) to some of "
+        f"{', '.join(sorted(STYLES))}",
+    ),
+    "reshard_after_forward": (
+        lambda value: value is None or _is_flag(value) or _is_size(value),
+        "True, False, None or a number of ranks from 1 up",
+    ),
+    "activation_checkpointing": (_one_of(MODES), '"full", "selective" or None'),
+    "offload": _FLAG,
+    "compile": (
+        lambda value: _is_flag(value) or isinstance(value, Mapping),
+        """True, False, or torch.compile's arguments by name, such as {"backend": "eager"}""",
+    ),
+    "weights": (_are_weights, "a path, a state dict or None"),
+    "save_distributed_checkpoint": _FLAG,
+    "process_group_backend": (_is_backend, 'None, "gloo", "nccl" or another backend that torch.distributed knows'),
+    "timeout": (_is_time, "a datetime.timedelta above 0, or None"),
+}
+
+
+def check(arguments: Mapping[str, Any]) -> None:
+    """Refuse a value that an argument does not take.
+
+    Raises:
+        ValueError: names the argument, its value and what to write instead.
+    """
+    for name, value in arguments.items():
+        fits, wanted = RULES[name]
+        if not fits(value):
+            raise ValueError(f"{name}={_wrong_part(value)!r}: write {wanted}")
+    for name in ("context_parallel_size", "expert_parallel_size"):
+        if arguments[name] != 1:
+            raise ValueError(
+                f"{name}={arguments[name]!r}: this version cuts over data, tensor and pipeline ranks only; "
+                f"leave {name} out"
+            )
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Refuse arguments that there are not.
+
+    Raises:
+        TypeError: names the first one, and those that are nearest to it.
+    """
+    for name in names:
+        if name not in RULES:
+            near = difflib.get_close_matches(name, RULES, 3, 0.5)
+            raise TypeError(
+                f"HybridStrategy has no argument {name!r}; write {' or '.join(near) or 'one of ' + ', '.join(RULES)}"
+            )
