@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.distributed import (
-    _all_gather_ddp_if_available,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
 )
@@ -25,7 +24,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["NOT_AN_ERROR", "SubprocessLauncher"]
@@ -52,11 +51,6 @@ def set_rank(rank: int) -> None:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only as of_lightning
 
     of_lightning.rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
-
-
-def all_gather(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
-    """(ranks, \\*shape), with gradients if ``sync_grads``."""
-    return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
 
 
 def set_device(module: nn.Module, device: torch.device) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from lightning_bharat.strategies import _lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -71,7 +69,8 @@ class Collectives(_Base):
         everyone = group is None or group is dist.group.WORLD
         if not self._exchanges:
             return tensor
-        return _lightning.all_gather(tensor, self.data_group if everyone else group, sync_grads)
+        with nullcontext() if sync_grads else torch.no_grad():
+            return _Gathered.apply(tensor, self.data_group if everyone else group)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """``obj`` of rank ``src`` on all ranks."""
@@ -86,6 +85,26 @@ class Collectives(_Base):
         if self._exchanges:
             devices = [self.root_device.index] if dist.get_backend() == "nccl" else None
             dist.barrier(device_ids=devices)
+
+
+class _Gathered(torch.autograd.Function):
+    """Tensors of all ranks of a group; each gets the sum of what all ranks' losses say of its own.
+
+    (The backward pass of ``torch.distributed.nn`` works on gloo for the group of all ranks alone.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        every = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(every, group=ctx.group)
+        return every[ctx.group.rank()], None
 
 
 def _operation(reduce_op: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_bharat.strategies import _lightning
 
@@ -70,10 +70,16 @@ def _silence(copy: pl.LightningModule) -> None:
     object.__setattr__(copy, "optimizers", lambda *args, **kwargs: made()[0])
     object.__setattr__(copy, "lr_schedulers", lambda: made()[1])
     for module in copy.modules():
-        if isinstance(module, Metric):
+        if isinstance(module, (Metric, MetricCollection)):
             object.__setattr__(module, "update", lambda *args, **kwargs: None)
-            object.__setattr__(module, "compute", lambda *args, **kwargs: torch.zeros(()))
-            object.__setattr__(module, "forward", lambda *args, **kwargs: torch.zeros(()))
+            for name in ("compute", "forward"):
+                object.__setattr__(module, name, partial(_nothing_counted, module))
+
+
+def _nothing_counted(metric: Metric | MetricCollection, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(metric, MetricCollection):  # looks at the values of its metrics' states to see which are equal
+        return {name: torch.zeros(()) for name in metric.keys()}  # noqa: SIM118 - its items are others
+    return torch.zeros(())
 
 
 def _logged(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -240,14 +240,36 @@ def device_is_said() -> None:
     assert module.device.type == "meta" and not module.layer.weight.is_meta
 
 
-@relied_on("_get_default_process_group_backend_for_device", "_init_dist_connection", "_all_gather_ddp_if_available")
+@relied_on("_get_default_process_group_backend_for_device", "_init_dist_connection")
 def groups_are_made() -> None:
-    """Lightning's functions make the process group with a time-out and a device, and gather from a group."""
+    """Lightning's function makes the process group with a time-out and a device."""
     backend = distributed._get_default_process_group_backend_for_device
     assert (backend(torch.device("cpu")), backend(torch.device("cuda"))) == ("gloo", "nccl")
     environment, limit = LightningEnvironment(), timedelta(seconds=1)
     signature(distributed._init_dist_connection).bind(environment, "gloo", timeout=limit, device_id=None)
-    signature(distributed._all_gather_ddp_if_available).bind(torch.ones(1), group=None, sync_grads=True)
+
+
+@relied_on("_configure_optimizers")
+def optimizers_and_schedulers_are_taken_apart() -> None:
+    """_configure_optimizers(what the hook returned) gives lists of optimizers and of schedulers or their dicts."""
+    made = BoringModel().configure_optimizers()
+    optimizers, schedulers, _ = optimizer._configure_optimizers(made)
+    assert (optimizers, schedulers) == made
+    assert optimizer._configure_optimizers({"optimizer": made[0][0], "lr_scheduler": {"scheduler": 1}})[1] == [
+        {"scheduler": 1}
+    ]
+
+
+@relied_on("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+def optimizers_have_hooks() -> None:
+    """An optimizer's hooks on its step are in these two dictionaries."""
+    made = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    for register, name in (
+        (made.register_step_pre_hook, "_optimizer_step_pre_hooks"),
+        (made.register_step_post_hook, "_optimizer_step_post_hooks"),
+    ):
+        register(print)
+        assert list(vars(made)[name].values()) == [print]
 
 
 @relied_on("_materialize_distributed_module")
