@@ -22,6 +22,7 @@ from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import even, stages_of
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, already_cut
+from lightning_bharat.strategies.arguments import refuse_unknown
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
@@ -79,9 +80,15 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
 
     Raises:
         ValueError: an argument with a value that this version does not do, by name.
+        TypeError: an argument that there is not; names the nearest.
         LayoutError: sizes that do not fit the devices or the model.
         PlanError: a model that can't be cut as asked.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> HybridStrategy:
+        if cls is HybridStrategy:
+            refuse_unknown(kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
