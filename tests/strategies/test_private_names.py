@@ -23,6 +23,7 @@ import pytest
 import torch
 from lightning.fabric.utilities import device_dtype_mixin, distributed, init
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
+from lightning.pytorch.core import optimizer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops import fit_loop, training_epoch_loop
 from lightning.pytorch.plugins.environments import LightningEnvironment
