@@ -197,7 +197,7 @@ def fit(
     rows = [Rows(name, batch, batches, data, rank // tensor % data, ragged, last) for _ in range(2)]
     loop.fit(made, *rows, ckpt_path=ckpt)
     after = of_stages(loop, {n: whole(made, n, p) for n, p in made.named_parameters() if not is_elsewhere(p)})
-    if getattr(made, "gradients", None):
+    if getattr(made, "gradients", None) is not None:
         made.gradients = of_stages(loop, made.gradients)
     explain = loop.strategy.explain() if strategy is not None else ""
     metrics = {k: float(v) for k, v in loop.callback_metrics.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass
 
 import torch
@@ -60,14 +61,15 @@ def _compare(server: WarmServer, cli: VerifyCLI, words: list[str], layout: Layou
 
 
 def _together(records: list[Record], layout: Layout) -> Record:
-    """One record of all ranks: gradients and weights are whole on each of them, losses are means over data ranks."""
+    """One record of all ranks: losses are means over data ranks; gradients and weights are whole on each rank, those
+    of its pipeline stages."""
     losses = [records[layout.rank(data=i)].losses for i in range(layout.data)]
-    first = records[0]
+    stages = [records[layout.rank(pipeline=i)] for i in range(layout.pipeline)]
     return Record(
         losses=[sum(of_ranks) / layout.data for of_ranks in zip(*losses, strict=True)],
-        gradients=first.gradients,
-        end=first.end,
-        notes=first.notes,
+        gradients=[dict(ChainMap(*of_step)) for of_step in zip(*(r.gradients for r in stages), strict=True)],
+        end=dict(ChainMap(*(r.end for r in stages))),
+        notes=records[0].notes,
     )
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_bharat.commands.inspection import QUIET, InspectionCLI, quiet
 from lightning_bharat.commands.no_dropout import NoDropout
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.shards import fill, gather
 from lightning_bharat.strategies.hybrid import HybridStrategy
@@ -35,7 +36,7 @@ on this machine's CPU: set the sizes of the model to small ones.
 
 Example:
     bharat verify --config config.yaml --model.width 64 --model.depth 2
-    bharat verify --config config.yaml --layout tensor=2 data=2,tensor=2 --steps 5
+    bharat verify --config config.yaml --layout tensor=2 data=2,pipeline=2 --steps 5
 """
 
 
@@ -163,6 +164,7 @@ def _strategy(cli: VerifyCLI, layout: Layout) -> HybridStrategy:
     sizes = {
         "data_parallel_size": layout.data,
         "tensor_parallel_size": layout.tensor,
+        "pipeline_parallel_size": layout.pipeline,
         "replicate_size": layout.replicate,
     }
     return HybridStrategy(**{**options, **sizes, "compile": False})
@@ -197,7 +199,7 @@ def _fit(
 
 
 class _Recorder(pl.Callback):
-    """Writes down whole values, on every rank."""
+    """Writes down whole values, on every rank those of its pipeline stages."""
 
     def __init__(self, record: Record, start: dict[str, Tensor] | None) -> None:
         self.record, self.start, self.no_dropout = record, start, NoDropout()
@@ -210,7 +212,8 @@ class _Recorder(pl.Callback):
             self.record.start = {**self._weights(trainer, module), **{n: b.clone() for n, b in module.named_buffers()}}
             return
         for name, parameter in module.named_parameters():
-            fill(parameter, slices.get(name), self.start[name])
+            if not is_elsewhere(parameter):
+                fill(parameter, slices.get(name), self.start[name])
         for name, buffer in module.named_buffers():
             buffer.copy_(self.start[name])
 
@@ -246,4 +249,5 @@ class _Recorder(pl.Callback):
 
     def _weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
         slices, group = self._slices(trainer), getattr(trainer.strategy, "tensor_group", None)
-        return {name: gather(p, slices.get(name), group).clone() for name, p in module.named_parameters()}
+        here = [(name, p) for name, p in module.named_parameters() if not is_elsewhere(p)]
+        return {name: gather(p, slices.get(name), group).clone() for name, p in here}

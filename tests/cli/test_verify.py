@@ -23,10 +23,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def test_equal_on_all_layouts(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    layouts = ["data=2", "tensor=2", "data=2,tensor=2"]
-    assert main(["verify", *project.classes, "--layout", *layouts]) == 0
+    layouts = ["data=2", "tensor=2", "data=2,tensor=2", "data=2,pipeline=2"]
+    assert main(["verify", *project.classes, "--data.batch_size=6", "--layout", *layouts]) == 0
     out = capsys.readouterr().out
-    assert out.count("\nequal (losses within 1e-09") == 3
+    assert out.count("\nequal (losses within 1e-09") == 4
     assert "1 rank against Layout(data=2, tensor=2), 4 ranks, float64" in out
     assert "Dropout" not in out and "random" not in out
 
