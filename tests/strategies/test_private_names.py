@@ -33,6 +33,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, exceptions
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor, nn
+from torch._inductor import cpp_builder, exc
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -451,6 +452,13 @@ def recomputation_is_seen() -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     checkpoint.checkpoint(seen, torch.ones(1, requires_grad=True), use_reentrant=False)
     assert names[0].startswith("_checkpoint_hook."), names
+
+
+@relied_on("_inductor")
+def a_missing_compiler_is_said() -> None:
+    """get_cpp_compiler() raises InvalidCxxCompiler where no C++ compiler is."""
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(exc.InvalidCxxCompiler):
+        cpp_builder.get_cpp_compiler()
 
 
 def on_a_rank() -> None:
