@@ -70,7 +70,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         activation_checkpointing: ``"full"`` computes blocks again in the backward pass, ``"selective"`` all of a block
             but matrix products and attention.
         offload: keep parameters, gradients and optimizer states in the host's memory.
-        compile: ``torch.compile`` each block.
+        compile: ``torch.compile`` each block: ``True``, or that function's arguments, such as ``{"backend": "eager"}``.
         weights: start from these weights instead of the module's own: a ``.safetensors`` file, a folder of them (as
             Hugging Face writes), a checkpoint, or a state dict. Each rank reads its parts alone. A module may give them
             itself, by a method ``initial_weights()`` that returns them by full names.
@@ -108,7 +108,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         reshard_after_forward: bool | int | None = None,
         activation_checkpointing: Literal["full", "selective"] | None = None,
         offload: bool = False,
-        compile: bool = False,
+        compile: bool | dict[str, Any] = False,
         weights: Any = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias
@@ -43,7 +43,7 @@ class Options:
     reshard_after_forward: bool | int | None
     activation_checkpointing: str | None
     offload: bool
-    compile: bool
+    compile: bool | Mapping[str, Any]
     weights: Any
     save_distributed_checkpoint: bool
     process_group_backend: str | None

@@ -23,6 +23,7 @@ from lightning_bharat.strategies._torch import set_timeout
 from lightning_bharat.strategies.agreement import agree_on_weights
 from lightning_bharat.strategies.batch_norm import normalize_over_ranks
 from lightning_bharat.strategies.buffers import compare_buffers
+from lightning_bharat.strategies.compiled import compile_arguments, compile_block
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.recompute import recompute
@@ -100,9 +101,11 @@ class Preparation:
 
     def _change_blocks(self, units: list[str]) -> None:
         options, choices = self.strategy.options, self.strategy.choices
+        device, mode = self.strategy.root_device, options.activation_checkpointing
+        compiling = None if options.compile is False else compile_arguments(options.compile, mode, device)
         for name, wanted in (
             ("activation_checkpointing", options.activation_checkpointing),
-            ("compile", options.compile),
+            ("compile", compiling is not None and (compiling or True)),
         ):
             if wanted and not units:
                 raise ValueError(
@@ -112,10 +115,10 @@ class Preparation:
             if wanted:
                 choices[name] = f"{wanted}, for {len(units)} blocks"
         for block in {id(m): m for m in map(self.module.get_submodule, units)}.values():
-            if options.activation_checkpointing:
+            if compiling is not None:
+                compile_block(block, compiling)
+            if options.activation_checkpointing:  # around what is compiled: torch.compile can't look into it
                 recompute(block, options.activation_checkpointing)
-            if options.compile:
-                block.compile()
 
     def _divide(self, units: list[str]) -> None:
         strategy, layout = self.strategy, self.strategy.layout

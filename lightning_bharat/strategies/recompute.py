@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,22 +81,37 @@ def recompute(block: nn.Module, mode: str) -> None:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         found, values = buffers.watch()
+        dtype = torch.get_default_dtype()
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             selective = mode == "selective"
             first, again = (
                 create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
             )
-            return first, _both(buffers.as_before(values), again)
+            return first, _all(buffers.as_before(values), _default(dtype), again)
 
         out = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **_without_cache(kwargs))
         buffers.look(found)
         return out
 
-    block.forward = checkpointed
+    # Where a module around it is compiled, that goes on inside of it.
+    block.forward = torch.compiler.disable(checkpointed, recursive=False)
 
 
 @contextmanager
-def _both(one: AbstractContextManager, other: AbstractContextManager) -> Iterator[None]:
-    with one, other:
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """The type of new tensors, which Lightning's plugins set for steps and not for backward passes."""
+    now = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(now)
+
+
+@contextmanager
+def _all(*managers: AbstractContextManager) -> Iterator[None]:
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager)
         yield
