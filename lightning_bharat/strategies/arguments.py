@@ -6,7 +6,8 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from lightning_bharat.plan.propose import STYLES
 from lightning_bharat.strategies.recompute import MODES
 from lightning_bharat.strategies.schedule import KINDS
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
 Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -130,15 +132,20 @@ def check(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_unknown(names: Iterable[str]) -> None:
-    """Refuse arguments that there are not.
+def known_arguments(init: _Init) -> _Init:
+    """For the ``__init__`` that has these arguments: refuses others, and names the nearest.
 
     Raises:
-        TypeError: names the first one, and those that are nearest to it.
+        TypeError: from what it returns.
     """
-    for name in names:
-        if name not in RULES:
-            near = difflib.get_close_matches(name, RULES, 3, 0.5)
-            raise TypeError(
-                f"HybridStrategy has no argument {name!r}; write {' or '.join(near) or 'one of ' + ', '.join(RULES)}"
-            )
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in RULES:
+                near = difflib.get_close_matches(name, RULES, 3, 0.5)
+                instead = " or ".join(near) if near else f"one of {', '.join(RULES)}"
+                raise TypeError(f"HybridStrategy has no argument {name!r}; write {instead}")
+        init(self, *args, **kwargs)
+
+    return cast(_Init, checked)

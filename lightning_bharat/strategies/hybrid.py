@@ -22,7 +22,7 @@ from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import even, stages_of
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, already_cut
-from lightning_bharat.strategies.arguments import refuse_unknown
+from lightning_bharat.strategies.arguments import known_arguments
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.connection import ConnectedStrategy
@@ -85,11 +85,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         PlanError: a model that can't be cut as asked.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> HybridStrategy:
-        if cls is HybridStrategy:
-            refuse_unknown(kwargs)
-        return super().__new__(cls)
-
+    @known_arguments
     def __init__(
         self,
         data_parallel_size: Auto = "auto",
