@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -45,6 +46,8 @@ class Collectives(_Base):
         """
         if not isinstance(tensor, Tensor) or not self._exchanges:
             return tensor
+        if isinstance(tensor, DTensor):  # a loss in pieces, of a module that has cut itself
+            tensor = tensor.full_tensor()
         operation = _operation(reduce_op)
         mean = operation == dist.ReduceOp.AVG
         if group is None and operation in (dist.ReduceOp.SUM, dist.ReduceOp.PRODUCT):

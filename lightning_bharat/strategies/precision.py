@@ -168,7 +168,7 @@ def _local(grad: Tensor, known: _Divided) -> tuple[Tensor, list[dist.ProcessGrou
         grad = grad.redistribute(grad.device_mesh, whole)
     where = grad.device_mesh, tuple(grad.placements)
     if where not in known:
-        divided = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
+        divided = [axis for axis, placement in enumerate(grad.placements) if not placement.is_replicate()]
         known[where] = [grad.device_mesh.get_group(axis) for axis in divided]
     return grad.to_local(), known[where]
 
