@@ -101,11 +101,11 @@ class Place:
         """Each data rank its share: Lightning would shuffle what it divides itself."""
         dataset = Numbered(rows, first)
         sampler = DistributedSampler(dataset, self.data, self.data_rank, shuffle=False)
-        return DataLoader(dataset, batch // self.data, sampler=sampler)
+        return DataLoader(dataset, batch_size=batch // self.data, sampler=sampler)
 
     def evaluate(self, rows: int = 14, batch: int = 8, first: int = 100) -> DataLoader:
         """Lightning gives each data rank its share."""
-        return DataLoader(Numbered(rows, first), batch // self.data)
+        return DataLoader(Numbered(rows, first), batch_size=batch // self.data)
 
 
 class Watched(L.LightningModule):
