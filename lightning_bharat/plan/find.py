@@ -94,6 +94,7 @@ def _observed(seen: Observation, module: nn.Module) -> ModelPlan:
         needs=seen.needs,
         outputs=seen.outputs,
         wire=str(seen.wire).removeprefix("torch."),
+        costs=seen.costs,
     )
 
 

@@ -63,6 +63,7 @@ class ModelPlan:
         needs: parameter -> the blocks (the depth: what comes after them) that need it though it is not theirs.
         outputs: how many values a block returns in a tuple, of which the first is the hidden state; 0 for a tensor.
         wire: type of the hidden state that goes from block to block.
+        costs: floating-point operations of a forward pass: before the blocks, in each block, and after them.
     """
 
     blocks: str
@@ -84,6 +85,7 @@ class ModelPlan:
     needs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: int = 0
     wire: str = "float32"
+    costs: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -128,6 +130,7 @@ class ModelPlan:
                 "tied": tuple(map(tuple, data["tied"])),
                 "proven": tuple(data["proven"]),
                 "summed": {kind: tuple(names) for kind, names in data["summed"].items()},
+                "costs": tuple(data.get("costs", ())),
                 "needs": {name: tuple(blocks) for name, blocks in data.get("needs", {}).items()},
             }
         )

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import UNCUT, PlanError, block_list, block_names, kinds_of
 from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.exchange import OnePeer
+from lightning_bharat.plan.flops import FlopCounter
 from lightning_bharat.plan.sources import FromBlock, Sources
 from lightning_bharat.plan.vocabulary import VocabularyShard, watch_gathers
 
@@ -68,6 +70,7 @@ class Observation:
         apart: "" where nothing but the hidden state goes from block to block, else what does.
         outputs: how many values a block returns in a tuple; 0 for a bare tensor.
         wire: type of the hidden state between blocks.
+        costs: floating-point operations before the blocks, in each, and after them.
     """
 
     shell: nn.Module
@@ -87,6 +90,7 @@ class Observation:
     apart: str = ""
     outputs: int = 0
     wire: torch.dtype = torch.float32
+    costs: tuple[int, ...] = ()
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     @property
@@ -154,6 +158,7 @@ def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Obs
         short = _observe(module, step, _shorten(batch, multiple), names, kinds)
     except Exception:  # a fixed length is needed
         return whole
+    short.costs = whole.costs  # attention's grow with the square of the time
     return short if short.program == whole.program else whole
 
 
@@ -165,7 +170,7 @@ def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], 
     buffers = {name: (buffer, buffer._version) for name, buffer in seen.shell.named_buffers()}
     with mode:
         fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, batch)
-        with watch_gathers() as gathers, watch, Alone():
+        with watch_gathers() as gathers, watch.counter, watch, Alone():
             out = step(seen.shell, fake)
             watch.finish(out)
     watch.remove()
@@ -216,6 +221,7 @@ class _Watch(Answers):
         self.handles: list[Any] = []
         self.inside: int | None = None
         self.entered: Tensor | None = None
+        self.counter, self.counted = FlopCounter(), [0] * (len(seen.names) + 1)
         self.sources = Sources(seen.names)
         blocks = {name: i for i, name in enumerate(seen.names)}
         for name, module in seen.shell.named_modules(remove_duplicate=False):
@@ -251,6 +257,8 @@ class _Watch(Answers):
     def _enter_block(self, i: int, args: tuple, kwargs: dict) -> None:
         seen = self.seen
         self.inside = i
+        if i == 0:
+            self.counted[0] = self.counter.total
         self.entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if seen.kinds[i] not in seen.calls:
             seen.calls[seen.kinds[i]] = Call.copied(args, kwargs)
@@ -288,6 +296,7 @@ class _Watch(Answers):
     def _leave_block(self, i: int, out: Any) -> None:
         """Only the hidden state may be read further on."""
         self.inside = None
+        self.counted[i + 1] = self.counter.total
         several = isinstance(out, (tuple, list))
         self.seen.outputs = len(out) if several else 0
         self.sources.mark(out, frozenset({FromBlock(i, extra=True)}))
@@ -302,6 +311,8 @@ class _Watch(Answers):
         """The step has returned ``out``."""
         self.sources.read(self.sources.of(out), (len(self.seen.names),))
         self.seen.needs = {name: tuple(sorted(blocks)) for name, blocks in self.sources.needs.items()}
+        totals = [0, *self.counted, self.counter.total]
+        self.seen.costs = tuple(max(after - before, 0) for before, after in pairwise(totals))
         twice = [name for name in self.seen.names if self.seen.order.count(name) > 1]
         again = f"{twice[0]} runs more than once in a step" if twice else ""
         self.seen.apart = again or self.sources.skips or self.seen.apart

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 from lightning_bharat.plan.model_plan import ModelPlan
 
 LOOPED, V = "looped", "V"
 
 
-def even(depth: int, stages: int) -> list[range]:
-    """``depth`` blocks in ``stages`` stages of equal size; the first ones have one more if it does not divide.
+def balanced(costs: Sequence[float], stages: int, before: float = 0, after: float = 0) -> list[range]:
+    """Blocks in ``stages`` runs of consecutive ones, so that the dearest stage costs least.
 
-    >>> even(5, 2)
-    [range(0, 3), range(3, 5)]
+    Of equally good ones the one whose other stages are most alike. With no costs that are known, stages get equally
+    many blocks, the first ones one more where that does not divide.
+
+    Args:
+        costs: of each block, at least as many as ``stages``.
+        before, after: of what runs on the first stage before its blocks, and on the last one after them.
+
+    >>> balanced([1, 1, 1, 1], 2), balanced([1, 1, 1, 1], 2, after=2)
+    ([range(0, 2), range(2, 4)], [range(0, 3), range(3, 4)])
     """
-    size, more = divmod(depth, stages)
-    ends = [(i + 1) * size + min(i + 1, more) for i in range(stages)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    costs = [float(cost) for cost in costs] if any(costs) else [1.0] * len(costs)
+    costs[0], costs[-1] = costs[0] + before, costs[-1] + after
+    sums = [0.0, *accumulate(costs)]
+    # best[n]: (dearest, sum of squares, ends) of the first n blocks in as many stages as rounds so far
+    best: dict[int, tuple[float, float, tuple[int, ...]]]
+    best = {n: (sums[n], sums[n] ** 2, (n,)) for n in range(1, len(costs) + 1)}
+    for stage in range(1, stages):
+        best = {
+            n: min(
+                (max(dearest, own := sums[n] - sums[m]), squares + own**2, (*ends, n))
+                for m, (dearest, squares, ends) in best.items()
+                if m < n
+            )
+            for n in range(stage + 1, len(costs) + 1)
+        }
+    *_, ends = best[len(costs)]
+    return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
 def stages_of(rank: int, ranks: int, each: int, placement: str = LOOPED) -> list[int]:

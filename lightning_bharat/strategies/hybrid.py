@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import even, stages_of
+from lightning_bharat.plan.partition import balanced, stages_of
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, already_cut
 from lightning_bharat.strategies.arguments import known_arguments
@@ -290,9 +290,11 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         return (self.pipeline_group, self._pipeline.copies) if self._pipeline else (None, lambda _: 1)
 
     def stage_blocks(self, plan: ModelPlan) -> list[range]:
-        """The blocks of each pipeline stage; none without a pipeline."""
-        kind = KINDS[self.options.schedule]
-        return even(plan.depth, self.layout.pipeline * kind.each) if self.layout.pipeline > 1 else []
+        """The blocks of each pipeline stage, by their costs; none without a pipeline."""
+        if self.layout.pipeline == 1:
+            return []
+        before, *blocks, after = plan.costs or [0] * (plan.depth + 2)
+        return balanced(blocks, self.layout.pipeline * KINDS[self.options.schedule].each, before, after)
 
     def stages_of_rank(self) -> list[int]:
         """Which of them are this rank's."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import even, stages_of
+from lightning_bharat.plan.partition import stages_of
 from lightning_bharat.strategies import schedule as schedules
 from lightning_bharat.strategies.microbatch import Split, batch_size, parts, split
 from lightning_bharat.strategies.recording import Recorder, replay
@@ -52,6 +52,7 @@ class Pipeline:
     Args:
         module: cut, with the parameters of other stages elsewhere.
         plan: of the module.
+        blocks: of each stage.
         kind: the schedule.
         group: the pipeline's ranks, in order.
         device: where this rank computes.
@@ -64,6 +65,7 @@ class Pipeline:
         self,
         module: pl.LightningModule,
         plan: ModelPlan,
+        blocks: list[range],
         kind: schedules.Kind,
         group: dist.ProcessGroup,
         device: torch.device,
@@ -72,8 +74,8 @@ class Pipeline:
         seed: int,
     ) -> None:
         self.module, self.plan, self.kind, self.group, self.device = module, plan, kind, group, device
+        self.blocks = blocks
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.blocks = even(plan.depth, self.ranks * kind.each)
         mine = stages_of(self.rank, self.ranks, kind.each, kind.placement)
         self.stages = [Stage(module, plan, i, self.blocks[i]) for i in mine]
         places = [stages_of(rank, self.ranks, kind.each, kind.placement) for rank in range(self.ranks)]

@@ -15,6 +15,7 @@ from lightning_bharat.plan.layout import LayoutError
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.propose import named_styles
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
+from lightning_bharat.strategies.schedule import KINDS
 
 if TYPE_CHECKING:
     from lightning_bharat.strategies.hybrid import HybridStrategy
@@ -48,8 +49,9 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
 
 
 def _check_stages(strategy: HybridStrategy, plan: ModelPlan) -> None:
-    stages, ranks, schedule = len(strategy.stage_blocks(plan)), strategy.layout.pipeline, strategy.options.schedule
-    if stages > plan.depth:
+    ranks, schedule = strategy.layout.pipeline, strategy.options.schedule
+    stages = ranks * KINDS[schedule].each
+    if ranks > 1 and stages > plan.depth:
         raise LayoutError(
             f"pipeline_parallel_size={ranks} with schedule={schedule!r}, {stages // ranks} stages on each rank, needs "
             f"{stages} blocks, and {plan.blocks!r} has {plan.depth}; write schedule='1F1B', or at most "

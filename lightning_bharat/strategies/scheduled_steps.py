@@ -7,7 +7,8 @@ finds without a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ class ScheduledSteps:
         self.pipeline = Pipeline(
             self.module,
             prepared.plan,
+            strategy.stage_blocks(prepared.plan),
             KINDS[options.schedule],
             strategy.pipeline_group,
             strategy.root_device,
@@ -58,7 +60,7 @@ class ScheduledSteps:
         )
         strategy.choices["pipeline_parallel_size"] = (
             f"{strategy.layout.pipeline}, schedule {options.schedule}: blocks "
-            + " | ".join(f"{blocks.start}-{blocks.stop - 1}" for blocks in self.pipeline.blocks)
+            + " | ".join(_stage_words(self.pipeline.blocks, prepared.plan.costs))
         )
         rank_of = self.pipeline.rank_of
         holders = {name: sorted({rank_of[i] for i in stages}) for name, stages in prepared.held.items()}
@@ -151,6 +153,16 @@ class SharedGradients:
                 parameter.grad = torch.zeros_like(parameter)
             grad = parameter.grad
             dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self._groups[on])
+
+
+def _stage_words(stages: list[range], costs: Sequence[int]) -> list[str]:
+    """The blocks of each stage, and its share of the work where that is known."""
+    named = [f"{b.start}-{b.stop - 1}" if len(b) > 1 else str(b.start) for b in stages]
+    if not any(costs):
+        return named
+    ends = [0, *(blocks.stop + 1 for blocks in stages[:-1]), len(costs)]
+    shares = [sum(costs[start:end]) / sum(costs) for start, end in pairwise(ends)]
+    return [f"{name} ({share:.0%} of the work)" for name, share in zip(named, shares, strict=True)]
 
 
 def _same(loss: Tensor) -> Tensor:
