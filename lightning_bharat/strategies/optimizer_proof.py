@@ -45,11 +45,19 @@ def prove_optimizer(optimizer: Optimizer, names: Mapping[int, str], slices: Mapp
     stand_ins = _stand_ins(optimizer, names, slices)
     if not any(s.cut or isinstance(s.parameter, DTensor) for s in stand_ins):
         return
-    found = _compare(optimizer, stand_ins)
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, found)
-    for problem in filter(None, problems):
-        raise OptimizerError(problem)
+    expected, problem = _step_whole(optimizer, stand_ins)
+    # Steps in pieces exchange with other ranks: none may be missing.
+    if _all_are_able(expected is not None, problem):
+        _all_are_able(True, _compare(optimizer, stand_ins, expected or []))
+
+
+def _all_are_able(able: bool, problem: str) -> bool:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (able, problem))
+    for _, found in everyone:
+        if found:
+            raise OptimizerError(found)
+    return all(able for able, _ in everyone)
 
 
 class _StandIn:
@@ -96,26 +104,35 @@ def _stand_ins(optimizer: Optimizer, names: Mapping[int, str], slices: Mapping[s
     return list(found.values())
 
 
-def _compare(optimizer: Optimizer, stand_ins: Sequence[_StandIn]) -> str:
-    """What is wrong, in words; "" if nothing is."""
+def _step_whole(optimizer: Optimizer, stand_ins: Sequence[_StandIn]) -> tuple[list[Tensor] | None, str]:
+    """The stand-ins after steps with all of them whole; ``None`` if it can't be tried, and why if that is wrong."""
     kind, cut = type(optimizer).__name__, next((s for s in stand_ins if s.cut), None)
     try:
-        expected = _stepped(optimizer, stand_ins, in_pieces=False)
+        return _stepped(optimizer, stand_ins, in_pieces=False), ""
     except Exception as error:  # a kernel for another device, a step that wants more than gradients
         if cut is None or getattr(optimizer, "elementwise", False):
-            return ""
-        return (
+            return None, ""
+        return None, (
             f"{kind} could not be tried on small parameters ({_in_short(error)}), so it can't be known "
             f"whether its step on a piece of {cut.name} is right. If what it does to an element depends on that "
             "element alone, set optimizer.elementwise = True in configure_optimizers; else use torch.optim.AdamW, or "
             "tensor_parallel_size=1"
         )
+
+
+def _compare(optimizer: Optimizer, stand_ins: Sequence[_StandIn], expected: Sequence[Tensor]) -> str:
+    """What is wrong with steps in pieces, in words; "" if nothing is.
+
+    Raises:
+        OptimizerError: a step that fails, maybe on this rank alone, in the middle of what others wait for.
+    """
+    kind, cut = type(optimizer).__name__, next((s for s in stand_ins if s.cut), None)
     try:
         stepped = _stepped(optimizer, stand_ins, in_pieces=True)
     except Exception as error:
         fused = any(group.get("fused") for group in optimizer.param_groups)
         instead = "leave fused=True out" if fused else "use torch.optim.AdamW or SGD, or data_parallel_size=1"
-        return f"{kind} can't step on pieces of parameters ({_in_short(error)}); {instead}"
+        raise OptimizerError(f"{kind} can't step on pieces of parameters ({_in_short(error)}); {instead}") from None
     for s, whole, piece in zip(stand_ins, expected, stepped, strict=True):
         right = s.cut.take(whole) if s.cut else whole
         here = piece.full_tensor() if isinstance(piece, DTensor) else piece
