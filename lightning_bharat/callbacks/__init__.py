@@ -1,5 +1,6 @@
 """What plugs into a Trainer: one callback a file."""
 
+from lightning_bharat.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 
-__all__ = ["EMAWeightAveraging", "WeightAveraging"]
+__all__ = ["EMAWeightAveraging", "PipelineTimeline", "WeightAveraging"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -30,12 +31,14 @@ from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.loaders import TogetherLoaders
 from lightning_bharat.strategies.optimizer_proof import prove_optimizer
 from lightning_bharat.strategies.options import Auto, Options
+from lightning_bharat.strategies.pipeline import Pipeline
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.randomness import agree_on_random_numbers
 from lightning_bharat.strategies.refusals import refuse_lazy
 from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
+from lightning_bharat.strategies.timeline import Timeline
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
 
 
@@ -288,6 +291,21 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
     def _stages(self) -> tuple[dist.ProcessGroup | None, Callable[[Tensor], int]]:
         """The pipeline's ranks, and on how many of them a parameter is."""
         return (self.pipeline_group, self._pipeline.copies) if self._pipeline else (None, lambda _: 1)
+
+    def begin_timeline(self) -> None:
+        """Follow the work of all stages in the next training step. All ranks must call it."""
+        self._of_pipeline().begin_timeline()
+
+    def end_timeline(self) -> Timeline:
+        """What the stages of this rank's pipeline did in that step. All ranks must call it."""
+        return self._of_pipeline().end_timeline()
+
+    def _of_pipeline(self) -> Pipeline:
+        if self._pipeline is None:
+            raise MisconfigurationException(
+                f"there are no stages to follow with {self._layout}; write pipeline_parallel_size=2 or more"
+            )
+        return self._pipeline.pipeline
 
     def stage_blocks(self, plan: ModelPlan) -> list[range]:
         """The blocks of each pipeline stage, by their costs; none without a pipeline."""

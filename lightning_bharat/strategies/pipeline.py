@@ -21,6 +21,7 @@ from lightning_bharat.strategies.microbatch import Split, batch_size, parts, spl
 from lightning_bharat.strategies.recording import Recorder, replay
 from lightning_bharat.strategies.stage import Stage, StageDone, before_blocks
 from lightning_bharat.strategies.stage_metrics import StageMetrics
+from lightning_bharat.strategies.timeline import Clock, Timeline
 from lightning_bharat.strategies.token_weights import Labels, counted_labels
 from lightning_bharat.strategies.unchanged import unchanged
 
@@ -82,6 +83,7 @@ class Pipeline:
         self.rank_of = {stage: rank for rank, stages in enumerate(places) for stage in stages}
         self.last = self.rank_of[len(self.blocks) - 1]
         self.metrics = StageMetrics(module, group, self.last)
+        self.clock = Clock(device, self.rank)
         self.microbatches = microbatches or 2 * len(self.blocks)
         self.split = split
         self.seed, self.steps = seed, 0
@@ -148,7 +150,7 @@ class Pipeline:
         key = (tuple(hidden.shape), hidden.dtype, number)
         if key not in self._schedules:
             self._schedules[key] = schedules.make(
-                self.kind, self.stages, len(self.blocks), hidden.clone(), number, self.group
+                self.kind, self.stages, len(self.blocks), hidden.clone(), number, self.group, self.clock
             )
         for stage in self.stages:
             stage.run = run
@@ -207,6 +209,17 @@ class Pipeline:
         if words:
             raise PipelineError(words)
         self._proven = True
+
+    def begin_timeline(self) -> None:
+        """Follow the next step's work. All ranks of the pipeline must call it."""
+        dist.barrier(self.group)
+        self.clock.begin()
+
+    def end_timeline(self) -> Timeline:
+        """What all ranks did since. All ranks of the pipeline must call it."""
+        of_ranks: list[Any] = [None] * self.ranks
+        dist.all_gather_object(of_ranks, self.clock.take(), group=self.group)
+        return Timeline(tuple(span for spans in of_ranks for span in spans))
 
     # ---- evaluation
 

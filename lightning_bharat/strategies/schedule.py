@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import schedules
 
 from lightning_bharat.plan.partition import LOOPED, V
 from lightning_bharat.strategies.stage import Stage
+from lightning_bharat.strategies.timeline import Clock, TimedStage
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,28 @@ KINDS = {
 }
 
 
-def make(kind: Kind, stages: Sequence[Stage], total: int, hidden: Tensor, number: int, group: dist.ProcessGroup) -> Any:
+def make(
+    kind: Kind,
+    stages: Sequence[Stage],
+    total: int,
+    hidden: Tensor,
+    number: int,
+    group: dist.ProcessGroup,
+    clock: Clock,
+) -> Any:
     """A schedule for ``number`` micro-batches.
 
     Args:
         stages: this rank's.
         total: stages of all ranks.
         hidden: on ``meta``: shape and type of what goes from stage to stage.
+        number: of micro-batches.
+        group: the pipeline's ranks.
+        clock: of this rank's work.
     """
     device = hidden.device
     made = [
-        PipelineStage(
+        TimedStage(
             stage,
             stage.index,
             total,
@@ -68,6 +80,8 @@ def make(kind: Kind, stages: Sequence[Stage], total: int, hidden: Tensor, number
         )
         for stage in stages
     ]
+    for timed in made:
+        timed.clock = clock
     options: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
     arguments = (made if kind.each > 1 else made[0], number)
     try:
