@@ -8,7 +8,7 @@ in the middle (manual optimization) and read weights without calling the module 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ class Root:
         self._state._lazy_init()
         self._groups = self._state._fsdp_param_groups
         self._armed: set[int] = set()
+        self._trains: dict[int, bool] = {}
         for owner, parameters in self._owners().items():
             owner.register_forward_pre_hook(partial(self._enter_owner, parameters), prepend=True)
 
@@ -58,10 +59,18 @@ class Root:
 
     def _enter_owner(self, parameters: list[Any], *_: Any) -> None:
         self.enter()
-        for parameter in parameters:  # frozen or thawed since it was gathered (toggle_optimizer)
-            wanted, whole = parameter.sharded_param.requires_grad, parameter.unsharded_param
-            if whole.requires_grad != wanted:
+        self._agree_on_frozen(parameters)
+
+    def _agree_on_frozen(self, parameters: Iterable[Any]) -> None:
+        """What was frozen or thawed since it was gathered is so in both of its forms: optimizers know the divided one
+        (``toggle_optimizer``), the module shows the whole one."""
+        for parameter in parameters:
+            shown, whole = parameter.sharded_param, parameter.unsharded_param
+            if whole.requires_grad != shown.requires_grad:
+                wanted = not self._trains[id(whole)]
                 whole.requires_grad_(wanted)
+                shown.requires_grad_(wanted)
+            self._trains[id(whole)] = whole.requires_grad
             self._arm(whole)
 
     @property
@@ -74,11 +83,15 @@ class Root:
         if self.is_whole and self._groups:
             return
         self._state._pre_forward(self.module, (), {})
-        for parameter in self._unsharded():
-            self._arm(parameter)
+        for parameter in self._fsdp_parameters():
+            whole = parameter.unsharded_param
+            self._trains[id(whole)] = whole.requires_grad
+            self._arm(whole)
 
     def leave(self, loss: Any, keep: bool) -> None:
         """End of a step. ``keep``: the weights stay whole for the backward pass of ``loss``, which divides them."""
+        if self.is_whole:
+            self._agree_on_frozen(self._fsdp_parameters())
         starts = isinstance(loss, Tensor) and loss.requires_grad and loss._base is None
         self._state._post_forward(self.module, (), loss if keep and starts else None)
         if not keep:
@@ -126,10 +139,9 @@ class Root:
         """After an exception in the middle of a step."""
         self.module.reset_iter_state()
 
-    def _unsharded(self) -> Iterator[nn.Parameter]:
+    def _fsdp_parameters(self) -> Iterator[Any]:
         for group in self._groups:
-            for parameter in group.fsdp_params:
-                yield parameter.unsharded_param
+            yield from group.fsdp_params
 
     def _arm(self, parameter: nn.Parameter) -> None:
         if parameter.requires_grad and id(parameter) not in self._armed:

@@ -58,12 +58,12 @@ def _silence(copy: pl.LightningModule) -> None:
     for name in (
         "log_dict",
         "print",
-        "manual_backward",
         "clip_gradients",
         "toggle_optimizer",
         "untoggle_optimizer",
     ):
         object.__setattr__(copy, name, lambda *args, **kwargs: None)
+    object.__setattr__(copy, "manual_backward", lambda *args, **kwargs: _make_gradients(copy))
     object.__setattr__(copy, "toggled_optimizer", lambda *args, **kwargs: nullcontext())
     object.__setattr__(copy, "all_gather", lambda data, *args, **kwargs: data)
     made = cache(partial(_optimizers_and_schedulers, copy))
@@ -80,6 +80,13 @@ def _nothing_counted(metric: Metric | MetricCollection, *args: Any, **kwargs: An
     if isinstance(metric, MetricCollection):  # looks at the values of its metrics' states to see which are equal
         return {name: torch.zeros(()) for name in metric.keys()}  # noqa: SIM118 - its items are others
     return torch.zeros(())
+
+
+def _make_gradients(copy: pl.LightningModule) -> None:
+    """What the step may look at after a backward pass, without reading a parameter."""
+    for parameter in copy.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _logged(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -40,6 +40,7 @@ from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
 from lightning_bharat.strategies.timeline import Timeline
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
+from lightning_bharat.strategies.whole_norms import WholeNorms
 
 
 class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
@@ -154,6 +155,10 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             self.plan, self.slices = self._prepared.plan, self._prepared.slices
             self._pipeline = ScheduledSteps(self, self._prepared) if self.layout.pipeline > 1 else None
             self.stages = self._pipeline.stages if self._pipeline else None
+        plugin: Any = self.precision_plugin
+        plugin.backward_ended = self._prepared.after_backward
+        if self.world_size > 1:
+            plugin.in_hooks = self._whole_norms
         if self.tensor_group is not None:
             agree_on_random_numbers(self.tensor_group, self.root_device)
         _lightning.count_by_data_ranks(trainer, self.layout.data)
@@ -224,8 +229,11 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._pipeline:
             return self._pipeline.train(super().training_step, args, kwargs, self._tokens)
-        step = self._whole("training_step", args, kwargs, backward=self._module().automatic_optimization)
-        return self._tokens.watch(step) if self._tokens else step()
+        by_hand = not self._module().automatic_optimization
+        step = self._whole("training_step", args, kwargs, backward=not by_hand)
+        # Such a step may clip by torch's own function.
+        with self._whole_norms(in_step=True) if by_hand and self.world_size > 1 else nullcontext():
+            return self._tokens.watch(step) if self._tokens else step()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate("validation_step", args, kwargs)
@@ -257,9 +265,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             closure_loss = self._tokens.weigh(closure_loss, divided_by, stepped)
         assert self._prepared is not None
         self._prepared.before_backward()
-        out = super().backward(closure_loss, optimizer, *args, **kwargs)
-        self._prepared.after_backward()
-        return out
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable, model: Any = None, **kwargs: Any) -> Any:
         if not self._module().automatic_optimization and self._prepared is not None:
@@ -318,6 +324,10 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         """Which of them are this rank's."""
         kind, here = KINDS[self.options.schedule], self.layout.coordinates(self.global_rank)
         return stages_of(here["pipeline"], self.layout.pipeline, kind.each, kind.placement)
+
+    def _whole_norms(self, in_step: bool = False) -> WholeNorms:
+        assert self._prepared is not None
+        return WholeNorms(self._prepared.parameters, self._groups_of, in_step, refuse=self.layout.pipeline > 1)
 
     def _groups_of(self, parameter: Tensor) -> list[dist.ProcessGroup]:
         cut = self._prepared is not None and id(parameter) in self._prepared.cut

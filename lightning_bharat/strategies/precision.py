@@ -7,9 +7,11 @@ beyond this rank's pieces, so that an overridden ``configure_gradient_clipping``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any, TypeAlias, TypeVar
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import (
@@ -33,7 +35,7 @@ P = TypeVar("P", bound=Precision)
 _OF_OTHERS = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision, XLAPrecision)
 Groups = Callable[[Tensor], Iterable[dist.ProcessGroup]]
 # By mesh and placements, the groups over which gradients there are divided: a mesh takes long to look one up.
-_Divided: TypeAlias = dict[tuple[DeviceMesh, tuple[Placement, ...]], list[dist.ProcessGroup]]
+Divided: TypeAlias = dict[tuple[DeviceMesh, tuple[Placement, ...]], list[dist.ProcessGroup]]
 Stages = Callable[[], tuple[dist.ProcessGroup | None, Callable[[Tensor], int]]]
 
 
@@ -44,11 +46,24 @@ class AcrossRanks(Precision):
         groups_of: the process groups over which a parameter is divided (beyond what its ``DTensor`` says).
         stages: the pipeline's ranks, which have other parameters, and how many of them hold one.
         norm_device: where norms are exchanged (``device`` is a name of Lightning's own plugins).
+        backward_ended: called before a person's hooks may read gradients.
+        in_hooks: what these hooks run in.
     """
 
     groups_of: Groups
     stages: Stages
     norm_device: torch.device
+    backward_ended: Callable[[], None]
+    in_hooks: Callable[[], AbstractContextManager]
+
+    def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        self.backward_ended()
+        with self.in_hooks():
+            return super().post_backward(tensor, module)
+
+    def _after_closure(self, *args: Any, **kwargs: Any) -> None:
+        with self.in_hooks():
+            super()._after_closure(*args, **kwargs)
 
     @torch.no_grad()
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -85,11 +100,15 @@ def across_ranks(plugin: P, groups_of: Groups, device: torch.device, stages: Sta
     if not isinstance(plugin, AcrossRanks):
         kind = type(plugin)
         plugin.__class__ = type(kind.__name__, (AcrossRanks, kind), {})
+        plugin.backward_ended, plugin.in_hooks = _nothing, nullcontext  # type: ignore[attr-defined]
     plugin.groups_of, plugin.norm_device, plugin.stages = groups_of, device, stages  # type: ignore[attr-defined]
     scaler: Any = getattr(plugin, "scaler", None)
     if scaler is not None:
         agree_after(scaler, _agree)
     return plugin
+
+
+def _nothing() -> None: ...
 
 
 def _agree(flags: list[Tensor]) -> None:
@@ -114,18 +133,28 @@ def total_norm(
     Returns:
         0-dimensional, in float32, or float64 where a gradient is.
     """
-    pipeline, copies = stages
+    with torch._C.DisableTorchFunction():  # it is called in hooks too, in which norms are taken for whole ones
+        return _total_norm(parameters, groups_of, norm_type, device or torch.device("cpu"), *stages)
+
+
+def _total_norm(
+    parameters: Iterable[Tensor],
+    groups_of: Groups,
+    norm_type: float,
+    device: torch.device,
+    pipeline: dist.ProcessGroup | None,
+    copies: Callable[[Tensor], int],
+) -> Tensor:
     parts: dict[tuple[int, frozenset[dist.ProcessGroup]], list[Tensor]] = {}
-    known: _Divided = {}
+    known: Divided = {}
     dtype = torch.float32
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        grad, groups = _local(parameter.grad, known)
+        grad, groups = local_piece(parameter.grad, known)
         over = frozenset((*groups, *groups_of(parameter)))
         parts.setdefault((copies(parameter), over), []).append(grad)
         dtype = torch.promote_types(dtype, grad.dtype)
-    device = device or torch.device("cpu")
     sums = {key: _sum_of_powers(grads, norm_type, dtype, device) for key, grads in parts.items()}
     operation = dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM
     for group in sorted({group for _, over in sums for group in over}, key=_axis):
@@ -159,7 +188,7 @@ def _sum_of_powers(grads: list[Tensor], norm_type: float, dtype: torch.dtype, de
     return norms.amax() if norm_type == inf else norms.pow(norm_type).sum()
 
 
-def _local(grad: Tensor, known: _Divided) -> tuple[Tensor, list[dist.ProcessGroup]]:
+def local_piece(grad: Tensor, known: Divided) -> tuple[Tensor, list[dist.ProcessGroup]]:
     """This rank's piece of a gradient, and the groups over which its mesh divides it."""
     if not isinstance(grad, DTensor):
         return grad, []

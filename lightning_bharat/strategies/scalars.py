@@ -26,6 +26,7 @@ class Scalars:
             if p.ndim == 0 or p.numel() == 0
         ]
         self._armed = set[int]()
+        self._trains: dict[int, bool] = {}
         self._pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self.parameters = {owner.get_parameter(name) for owner, name in self._places}
         for owner in {owner for owner, _ in self._places}:
@@ -36,17 +37,27 @@ class Scalars:
         for owner, name in self._places:
             parameter = owner.get_parameter(name)
             if not isinstance(parameter, DTensor):
-                owner.register_parameter(name, self._pair(parameter)[1])
+                plain, shown = self._pair(parameter)
+                self._agree_on_frozen(plain, shown)
+                owner.register_parameter(name, shown)
 
     def gather(self) -> None:
         """Show them as plain tensors."""
         for owner, name in self._places:
             plain, shown = self._pair(owner.get_parameter(name))
-            plain.requires_grad_(shown.requires_grad)  # it may be frozen or thawed in a step (toggle_optimizer)
+            self._agree_on_frozen(plain, shown)
             if plain.requires_grad and id(plain) not in self._armed:
                 plain.register_post_accumulate_grad_hook(partial(self._reduce, shown))
                 self._armed.add(id(plain))
             owner.register_parameter(name, plain)
+
+    def _agree_on_frozen(self, plain: nn.Parameter, shown: nn.Parameter) -> None:
+        """Either of both may be frozen or thawed, in the middle of a step too."""
+        if plain.requires_grad != shown.requires_grad:
+            wanted = not self._trains[id(plain)]
+            plain.requires_grad_(wanted)
+            shown.requires_grad_(wanted)
+        self._trains[id(plain)] = plain.requires_grad
 
     def finish(self, factor: float) -> None:
         """Average the gradients of micro-batches, which no hook may have seen, times ``factor``."""
@@ -65,6 +76,7 @@ class Scalars:
             )
             pair = parameter, nn.Parameter(everywhere, requires_grad=parameter.requires_grad)
             self._pairs[id(pair[0])] = self._pairs[id(pair[1])] = pair
+            self._trains[id(pair[0])] = parameter.requires_grad
         return self._pairs[id(parameter)]
 
     def _reduce(self, shown: nn.Parameter, plain: Tensor) -> None:

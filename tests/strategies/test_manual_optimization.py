@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from tests.modules import Batch
 from tests.plan.models import Nano
@@ -78,6 +79,16 @@ class Clips(ByHand):
         optimizer.zero_grad()
         self.manual_backward(self.logged(batch))
         self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+        optimizer.step()
+
+
+class TorchClips(ByHand):
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.logged(batch))
+        self.log("norm", clip_grad_norm_(self.parameters(), 0.2))
+        self.log("later", self.model.layers[0].up.weight.grad.norm())
         optimizer.step()
 
 
@@ -213,6 +224,7 @@ CASES = {
     "accumulates": Case(Accumulates),
     "without sync": Case(WithoutSync),
     "clips by value": Case(Clips, both=False),
+    "clips by torch": Case(TorchClips),
     "two losses": Case(TwoLosses),
     "steps twice": Case(StepsTwice, both=False),
     "closure": Case(Closure, both=False),

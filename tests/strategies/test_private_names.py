@@ -77,7 +77,7 @@ EVERYWHERE = {
 }
 
 # Private names of Lightning's classes that classes of this package set or override, on purpose.
-INHERITED = {"_configure_launcher", "_launcher", "_precision_plugin"}
+INHERITED = {"_after_closure", "_configure_launcher", "_launcher", "_precision_plugin"}
 
 # Attributes that the three files give to objects of torch's.
 OURS = {"_agrees"}
