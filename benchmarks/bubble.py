@@ -1,0 +1,189 @@
+"""How much of a pipeline's time no rank works, on blocks that sleep, beside what the schedule itself leaves idle.
+
+    python -m benchmarks.bubble
+    python -m benchmarks.bubble --schedule 1F1B --milliseconds 20
+
+A block sleeps as long in its forward pass as in its backward pass of inputs and in that of weights, so that four stages
+fit on two cores. The timeline of a real training step gives the bubble. It is compared with (p - 1) / (m v + p - 1) for
+p ranks, v stages on each and m micro-batches, where the schedule has that formula; for the others with their own order
+of work, played through as if messages took no time.
+
+The goal is that each bubble is within 10 % of what it is compared with, and that those of the zero-bubble schedules are
+below that of 1F1B. Exit code 1: a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_bharat import HybridStrategy
+from lightning_bharat.cluster.warm import PRELOAD, WarmServer
+from lightning_bharat.commands.table import table
+from lightning_bharat.strategies.schedule import KINDS
+
+RANKS, BLOCKS, MICROBATCHES = 4, 8, 8
+BY_FORMULA = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B")
+ZERO = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+WARM_UP = 2
+
+
+class _Sleep(torch.autograd.Function):
+    """Passes on ``x``; sleeps meanwhile, and when its gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.backward = backward
+        time.sleep(forward)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        time.sleep(ctx.backward)
+        return gradients[0], None, None
+
+
+class Sleeping(nn.Module):
+    """A block whose three passes last ``seconds`` each."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.weight = seconds, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Sleep.apply(x, self.seconds, self.seconds) * _Sleep.apply(self.weight, 0.0, self.seconds)
+
+
+class Sleepers(L.LightningModule):
+    """Blocks in a row."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Sleeping(seconds) for _ in range(BLOCKS))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        for block in self.blocks:
+            batch = block(batch)
+        return batch.mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One schedule: shares of all ranks' time. ``expected`` is the formula's, or that of the order played through."""
+
+    schedule: str
+    measured: float
+    expected: float
+    step_ms: float
+
+    @property
+    def by_formula(self) -> bool:
+        """Whether ``expected`` is that of the formula."""
+        return self.schedule in BY_FORMULA
+
+    @property
+    def apart(self) -> float:
+        """Of the measured one from the expected one, relative."""
+        return self.measured / self.expected - 1 if self.expected else float("inf")
+
+
+class _Follow(L.Callback):
+    def __init__(self) -> None:
+        self.timelines: list[Any] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx >= WARM_UP:
+            trainer.strategy.begin_timeline()  # type: ignore[attr-defined]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx >= WARM_UP:
+            self.timelines.append(trainer.strategy.end_timeline())  # type: ignore[attr-defined]
+
+
+def measure(schedule: str, seconds: float, steps: int) -> Result:
+    """Train with ``schedule``; every rank calls it. The median step counts."""
+    follow = _Follow()
+    trainer = L.Trainer(
+        strategy=HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=MICROBATCHES),
+        accelerator="cpu",
+        devices=RANKS,
+        max_steps=WARM_UP + steps,
+        callbacks=[follow],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = DataLoader([torch.ones(MICROBATCHES, 1, 1)] * (WARM_UP + steps), batch_size=None)
+    trainer.fit(Sleepers(seconds), batches)
+    shown = sorted(follow.timelines, key=lambda timeline: timeline.bubble)[len(follow.timelines) // 2]
+    expected = shown.textbook if schedule in BY_FORMULA else shown.without_waiting
+    return Result(schedule, shown.bubble, expected, 1000 * median(t.seconds for t in follow.timelines))
+
+
+def missed(results: Sequence[Result]) -> Iterator[str]:
+    """The goals that are missed, in words."""
+    by_name = {result.schedule: result for result in results}
+    for result in results:
+        if abs(result.apart) > 0.1:
+            yield f"{result.schedule}: {result.apart:+.1%} from what was expected"
+        if result.schedule in ZERO and "1F1B" in by_name and result.measured >= by_name["1F1B"].measured:
+            yield f"{result.schedule}: not below 1F1B"
+
+
+def report(results: Sequence[Result]) -> str:
+    """A table for people, and a line of JSON."""
+    head = ["schedule", "measured", "expected", "from", "apart", "step"]
+    rows = [
+        [
+            r.schedule,
+            f"{r.measured:.1%}",
+            f"{r.expected:.1%}",
+            "formula" if r.by_formula else "its order",
+            f"{r.apart:+.1%}",
+            f"{r.step_ms:.0f} ms",
+        ]
+        for r in results
+    ]
+    line = {"benchmark": "bubble", "torch": torch.__version__, "cores": os.cpu_count()}
+    line |= {"results": [asdict(result) for result in results], "missed": list(missed(results))}
+    return f"{table(head, rows)}\n{json.dumps(line)}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure the schedules that are asked for; returns the exit code."""
+    form: Any = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.bubble", description=__doc__, formatter_class=form)
+    parser.add_argument("--schedule", action="append", choices=list(KINDS), help="may be given again (default: all)")
+    parser.add_argument("--milliseconds", type=float, default=40, help="of each pass of a block (default: 40)")
+    parser.add_argument("--steps", type=int, default=5, help="that count (default: 5)")
+    options = parser.parse_args(words)
+    server = WarmServer(PRELOAD)
+    results = []
+    for schedule in options.schedule or KINDS:
+        print(f"{schedule}: {options.steps} steps", file=sys.stderr, flush=True)
+        what = (schedule, options.milliseconds / 1000, options.steps)
+        results.append(server.run(measure, RANKS, *what, timeout=600)[0])
+    print(report(results))
+    return 1 if any(missed(results)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
