@@ -86,9 +86,14 @@ class _KeepLosses(L.Callback):
         self.losses.append(outputs["loss"])
 
 
-def ours(config: GPTConfig, layout: Layout) -> tuple[HybridStrategy, ByTrainer]:
-    """The strategy of this package, and its loop."""
-    strategy = HybridStrategy(data_parallel_size=layout.data, tensor_parallel_size=layout.tensor)
+def ours(config: GPTConfig, layout: Layout, microbatches: int) -> tuple[HybridStrategy, ByTrainer]:
+    """The strategy of this package, with ``microbatches`` under a pipeline, and its loop."""
+    strategy = HybridStrategy(
+        data_parallel_size=layout.data,
+        tensor_parallel_size=layout.tensor,
+        pipeline_parallel_size=layout.pipeline,
+        num_microbatches=microbatches if layout.pipeline > 1 else None,
+    )
     return strategy, ByTrainer(config, layout, strategy)
 
 
@@ -173,7 +178,7 @@ class HandWritten:
         torch.manual_seed(SEED)
         model = GPT(self.config)
         clip = self._cut(model)
-        optimizer = _adamw(model)
+        optimizer = adamw(model, model.embed_tokens)
         for batch in batches:
             optimizer.zero_grad()
             logits = model(batch["input_ids"])
@@ -205,20 +210,20 @@ class HandWritten:
 @torch.no_grad()
 def _clip(cut: list[nn.Parameter], whole: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """torch's own clipping does not know that ``cut`` are pieces, of which each rank of ``group`` has others."""
-    pieces, rest = _norm(cut).square(), _norm(whole).square()
+    pieces, rest = norm(cut).square(), norm(whole).square()
     dist.all_reduce(pieces, group=group)
     clip_grads_with_norm_([*cut, *whole], CLIP, (pieces + rest).sqrt())
 
 
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
+def norm(parameters: list[nn.Parameter]) -> Tensor:
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _adamw(model: GPT) -> torch.optim.AdamW:
+def adamw(model: nn.Module, embedding: nn.Module | None) -> torch.optim.AdamW:
     """As :class:`GPTModule` has it: matrices decay, the embedding and norms do not."""
-    embedding = model.embed_tokens.weight
-    decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding]
-    rest = [p for p in model.parameters() if p.ndim < 2 or p is embedding]
+    weight = embedding.weight if embedding is not None else None
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not weight]
+    rest = [p for p in model.parameters() if p.ndim < 2 or p is weight]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))

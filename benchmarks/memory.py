@@ -123,7 +123,7 @@ def cut(layout: str, size: str) -> tuple[Memory, Memory, Memory]:
         What the fullest rank holds, what ``bharat layout`` says about it, and what it holds under DDP.
     """
     made, sizes = Layout.parse(layout), SIZES[size]
-    strategy, loop = ours(sizes.config, made)
+    strategy, loop = ours(sizes.config, made, sizes.rows)
     measured = _fullest(_train(loop, sizes))
     ddp = _fullest(_train(ByTrainer(sizes.config, made, DDPStrategy(process_group_backend="gloo")), sizes))
     assert strategy.plan is not None

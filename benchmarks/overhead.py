@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.by_stages import ByStages
 from benchmarks.contestants import ByTrainer, HandWritten, batches, lightnings, ours
 from benchmarks.paired import Interval, Turns, alternate, is_void, paired_ratio
 from lightning_bharat import Layout
@@ -35,8 +36,9 @@ from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.table import table
 from lightning_bharat.models import GPTConfig
 
-LAYOUTS = ("data=2", "tensor=2", "data=2,tensor=2")
+LAYOUTS = ("data=2", "tensor=2", "data=2,tensor=2", "pipeline=2")
 PEERS = ("hand-written", "model-parallel")
+Loop = ByTrainer | HandWritten | ByStages
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 5  # steps of each loop before the first that counts
 COMPARED = 3  # losses; those of later steps part by rounding
@@ -112,19 +114,19 @@ def measure(layout: str, peer: str, size: str, pairs: int, clock: str = "wall", 
     )
 
 
-def _set_up(
-    layout: Layout, peer: str, size: Size, steps: int, clock: str
-) -> tuple[dict[str, ByTrainer | HandWritten], dict[str, Turns]]:
+def _set_up(layout: Layout, peer: str, size: Size, steps: int, clock: str) -> tuple[dict[str, Loop], dict[str, Turns]]:
     data_rank = layout.coordinates(int(os.environ["RANK"]))["data"]
     given = batches(size.config, size.rows, size.time, steps + 2, data_rank)
-    loops: dict[str, ByTrainer | HandWritten] = {}
+    loops: dict[str, Loop] = {}
     turns: dict[str, Turns] = {}
     for name in ("ours", "peer", "null"):
         if name == "ours":
-            strategy, loops[name] = ours(size.config, layout)
-        else:  # after ours, whose cuts the hand-written one takes
-            hand_written = peer == "hand-written"
-            loops[name] = HandWritten(size.config, strategy) if hand_written else lightnings(size.config, layout)
+            strategy, loops[name] = ours(size.config, layout, size.rows)
+        elif peer == "model-parallel":
+            loops[name] = lightnings(size.config, layout)
+        else:  # after ours, whose cuts the hand-written ones take
+            kind = ByStages if layout.pipeline > 1 else HandWritten
+            loops[name] = kind(size.config, strategy)
         turns[name] = Turns(loops[name], given, CLOCKS[clock])
         turns[name].begin()
     return loops, turns
@@ -139,10 +141,12 @@ def _of_slowest_rank(seconds: Sequence[float]) -> list[float]:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the comparisons that are asked for; returns the exit code."""
     options = _options(words)
-    server = WarmServer((*PRELOAD, "benchmarks.contestants"))
+    server = WarmServer((*PRELOAD, "benchmarks.by_stages"))
     results = []
     for layout in options.layout or LAYOUTS:
         for peer in options.peer or PEERS:
+            if peer == "model-parallel" and Layout.parse(layout).pipeline > 1:
+                continue  # it has no pipelines
             print(f"{layout} against {peer}: {options.pairs} pairs", file=sys.stderr, flush=True)
             what = (layout, peer, options.size, options.pairs, options.clock, options.seed)
             results.append(server.run(measure, Layout.parse(layout).devices, *what, timeout=3600)[0])
