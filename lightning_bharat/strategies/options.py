@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_bharat.plan.copies import copy_module
@@ -118,7 +119,7 @@ def _on_meta(module: nn.Module) -> nn.Module | None:
     if not is_overridden("configure_model", module):
         return module
     try:
-        with torch.device("meta"):
+        with isolate_rng(), torch.device("meta"):
             copy: Any = copy_module(module)
             copy.configure_model()
         return copy

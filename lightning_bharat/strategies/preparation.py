@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -26,6 +27,7 @@ from lightning_bharat.strategies.buffers import compare_buffers
 from lightning_bharat.strategies.compiled import compile_arguments, compile_block
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.initialize import Initializer
+from lightning_bharat.strategies.own_cut import is_cut, refuse_undone
 from lightning_bharat.strategies.recompute import recompute
 from lightning_bharat.strategies.refusals import refuse_compiled_parent, refuse_gradient_hooks, refuse_module
 from lightning_bharat.strategies.schedule import KINDS
@@ -54,7 +56,7 @@ class Preparation:
         self.held: dict[str, set[int]] = {}
         self._shards: DataShards | None = None
         strategy.model = strategy.precision_plugin.convert_module(module)
-        if _is_cut(module):
+        if is_cut(module):
             self._take_as_it_is()
         else:
             self._cut(trainer)
@@ -147,9 +149,12 @@ class Preparation:
         _lightning.set_device(self.module, device)
 
     def _take_as_it_is(self) -> None:
-        self.strategy.choices["plan"] = "the module was cut by its own configure_model, and is taken as it is"
-        _lightning.materialize_distributed(self.module, self.strategy.root_device)
-        self.module.to(self.strategy.root_device)
+        strategy = self.strategy
+        refuse_undone(self.module, strategy.options, dist.get_process_group_ranks(strategy.data_group))
+        strategy.choices["plan"] = "the module was cut by its own configure_model, and is taken as it is"
+        _lightning.materialize_distributed(self.module, strategy.root_device)
+        self.module.to(strategy.root_device)
+        strategy.choices["weights"] = f"what it left whole: {agree_on_weights(self.module, strategy.root_device)}"
 
     def _synchronize_metrics(self) -> None:
         """torchmetrics gather over all ranks unless told: tensor and pipeline peers would count twice."""
@@ -234,9 +239,3 @@ class _WithoutSync:
     def __exit__(self, *_: Any) -> None:
         for module in self._modules:
             module.set_requires_gradient_sync(True, recurse=False)
-
-
-def _is_cut(module: nn.Module) -> bool:
-    return any(isinstance(m, FSDPModule) for m in module.modules()) or any(
-        isinstance(p, DTensor) for p in module.parameters()
-    )
