@@ -79,9 +79,9 @@ def step_and_source(trainer: pl.Trainer) -> tuple[str, Any]:
     return name, loop._data_source
 
 
-def take_loaders(trainer: pl.Trainer) -> tuple[Any, bool]:
-    """The loaders that the trainer is about to go through, as the person gives them, and whether a batch has a part of
-    each. The trainer then takes the same ones, and does not ask for them again."""
+def loaders_of(trainer: pl.Trainer) -> tuple[Any, bool, Callable[[], None]]:
+    """The loaders that the trainer is about to go through, as the person gives them; whether a batch has a part of
+    each; and a function that makes the trainer take the same ones, without asking for them again."""
     source = step_and_source(trainer)[1]
     asked, loaders = source.instance, _request_dataloader(source)
 
@@ -89,10 +89,12 @@ def take_loaders(trainer: pl.Trainer) -> tuple[Any, bool]:
         del source.dataloader
         return loaders if source.instance is asked else source.dataloader()
 
-    source.dataloader = once
+    def keep() -> None:
+        source.dataloader = once
+
     if isinstance(loaders, CombinedLoader):
-        return loaders.iterables, loaders._mode != "sequential"
-    return loaders, trainer.state.fn == TrainerFn.FITTING
+        return loaders.iterables, loaders._mode != "sequential", keep
+    return loaders, trainer.state.fn == TrainerFn.FITTING, keep
 
 
 def agree_on_stopping(trainer: pl.Trainer, agree: Callable[[bool], bool]) -> None:

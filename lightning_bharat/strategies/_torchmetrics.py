@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_mean
 
 
 def lists_apart(metric: Metric) -> list[str]:
@@ -38,3 +39,19 @@ def of_this_rank(metric: Metric) -> Metric:
     made._to_sync = False
     made.reset()
     return made
+
+
+def keep_lists(metric: Metric) -> None:
+    """States that are lists, and that gathering has made one tensor, are lists again."""
+    for key, default in metric._defaults.items():
+        if isinstance(default, list) and isinstance(value := getattr(metric, key), Tensor):
+            setattr(metric, key, [value])
+
+
+def forget(metric: Metric) -> None:
+    """Reset all states but those of which the mean over ranks is taken."""
+    for key, default in metric._defaults.items():
+        if metric._reductions[key] is not dim_zero_mean:
+            value: Any = default.detach().clone().to(metric.device) if isinstance(default, Tensor) else []
+            setattr(metric, key, value)
+    metric._computed = None

@@ -30,6 +30,7 @@ from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
+from lightning_bharat.strategies import metric_states
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -62,7 +63,8 @@ class ShardedCheckpoints(_Base):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state, as :meth:`in_checkpoint` makes it."""
         weights.parameter_names(self._module())
-        return self.in_checkpoint(self._module().state_dict())
+        with metric_states.of_all_ranks(self._module()):
+            return self.in_checkpoint(self._module().state_dict())
 
     def in_checkpoint(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` (tensors by the module's names, each of which lies as that weight does: averages, for instance) in
@@ -127,6 +129,8 @@ class ShardedCheckpoints(_Base):
             CheckpointError: on every rank: the checkpoint is one of another model; names what differs.
         """
         together(lambda: weights.load_weights(self._module(), self.slices, checkpoint["state_dict"], strict))
+        if self.layout.coordinates(self.global_rank)["data"]:
+            metric_states.leave_to_another_rank(self._module())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read the optimizers' state, as far as this rank holds it, without a step. All ranks must call it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric, MetricCollection
 
 from lightning_bharat.strategies import _lightning
@@ -104,34 +104,40 @@ def _optimizers_and_schedulers(copy: pl.LightningModule) -> tuple[Any, Any]:
 
 def first_batch(trainer: pl.Trainer) -> Any:
     """A batch as the loaders of the loop that runs would give it, without starting workers, moving samplers or drawing
-    random numbers. The trainer goes on with the same loaders.
+    random numbers. The trainer goes on with the same loaders, unless they had to be gone through.
 
     Raises:
         ValueError: there is no loader to take one from.
     """
-    loaders, of_each = _lightning.take_loaders(trainer)
-    while not of_each and isinstance(loaders, (dict, list, tuple)) and loaders:
-        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
-    with isolate_rng():
-        return tree_map(_first, loaders)
+    with ExitStack() as asked_in_vain:
+        asked_in_vain.enter_context(isolate_rng())
+        loaders, of_each, keep = _lightning.loaders_of(trainer)
+        if all(map(_is_indexed, tree_leaves(loaders))):
+            keep()
+            asked_in_vain.pop_all()
+        while not of_each and isinstance(loaders, (dict, list, tuple)) and loaders:
+            loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+        with isolate_rng():
+            return tree_map(_first, loaders)
+
+
+def _is_indexed(loader: Any) -> bool:
+    """Whether a batch can be made of items of its dataset."""
+    dataset = getattr(loader, "dataset", None)
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return isinstance(loader, torch.utils.data.DataLoader) and indexed
 
 
 def _first(loader: Any) -> Any:
     if loader is None or isinstance(loader, Tensor):
         raise ValueError("there is no loader to observe a step with")
-    dataset = getattr(loader, "dataset", None)
-    size = getattr(loader, "batch_size", None) or 2
-    if (
-        isinstance(loader, torch.utils.data.DataLoader)
-        and hasattr(dataset, "__getitem__")
-        and hasattr(dataset, "__len__")
-    ):
-        count = min(size, len(dataset))  # type: ignore[arg-type]
+    if _is_indexed(loader):
+        dataset, size = loader.dataset, loader.batch_size or 2
+        count = min(size, len(dataset))
         if not count:
             raise ValueError("the dataset is empty: there is no batch to observe a step with")
         whole = loader.batch_sampler is None  # batch_size=None: the dataset's items are batches
-        items = dataset[0] if whole else [dataset[i] for i in range(count)]  # type: ignore[index]
-        return loader.collate_fn(items)
+        return loader.collate_fn(dataset[0] if whole else [dataset[i] for i in range(count)])
     batches = iter(loader)
     if batches is loader:
         raise ValueError(

@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from lightning_bharat import HybridStrategy
 from tests.ranks import run_ranks
 from tests.strategies.watched import (
     LAYOUTS,
@@ -225,6 +226,46 @@ def metrics(at: Place) -> Any:
         assert all(metric._update_count == 0 for metric in (module.mean, module.by_hand, *module.listed))
         results[kind.__name__] = {"computed": module.computed, **what}
     return results
+
+
+class Counts(Watched):
+    """Has metrics that a checkpoint keeps, of states that are summed, put together or the greatest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ever = MetricCollection({"sum": SumMetric(), "mean": MeanMetric(), "all": CatMetric(), "max": MaxMetric()})
+        self.ever.persistent(True)
+        self.computed: list[dict[str, Any]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.ever.update(batch["row"].double())
+        return self.loss(self.note("train", batch))
+
+    def on_train_epoch_end(self) -> None:
+        values = self.ever.compute()
+        self.computed.append({k: sorted(v.tolist()) if k == "all" else v.item() for k, v in values.items()})
+
+
+def counted(layout: str, path: str, saves: bool, whole: bool) -> list[dict[str, Any]]:
+    at = Place(layout, "")
+    strategy = "auto" if at.is_one else HybridStrategy(**at.strategy, save_distributed_checkpoint=not whole)
+    module, trainer = at.module(Counts), at.trainer(strategy=strategy, max_epochs=1 if saves else 2)
+    trainer.fit(module, at.train(), ckpt_path=None if saves else path)
+    if saves:
+        trainer.save_checkpoint(path)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, at.train())  # saving has changed nothing
+    return module.computed
+
+
+@pytest.mark.parametrize(("saved", "read"), [(ONE, "data"), ("data", ONE), ("data", "both"), ("both", "tensor")])
+def test_metrics_count_on_from_a_checkpoint_of_any_layout(saved: str, read: str, tmp_path: Path) -> None:
+    ranks = {ONE: 1, **{layout: n for layout, (n, _) in LAYOUTS.items()}}
+    path = str(tmp_path / "counted.ckpt")
+    (one,) = run_ranks(counted, 1, ONE, str(tmp_path / "one.ckpt"), True, True)
+    assert [epoch["sum"] for epoch in one] == [231.0, 462.0] and one[0]["all"] == [float(row) for row in range(22)]
+    assert run_ranks(counted, ranks[saved], saved, path, True, read == ONE) == [one] * ranks[saved]
+    assert run_ranks(counted, ranks[read], read, path, False, True) == [one[1:]] * ranks[read]
 
 
 class Talks(Watched):
