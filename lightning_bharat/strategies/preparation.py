@@ -26,6 +26,7 @@ from lightning_bharat.strategies.batch_norm import normalize_over_ranks
 from lightning_bharat.strategies.buffers import compare_buffers
 from lightning_bharat.strategies.compiled import compile_arguments, compile_block
 from lightning_bharat.strategies.data import DataShards
+from lightning_bharat.strategies.explained import explained
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.own_cut import is_cut, refuse_undone
 from lightning_bharat.strategies.recompute import recompute
@@ -60,6 +61,8 @@ class Preparation:
             self._take_as_it_is()
         else:
             self._cut(trainer)
+            for name, words in explained(strategy.options, strategy.layout, str(strategy.precision_plugin.precision)):
+                strategy.choices.setdefault(name, words)
         self._synchronize_metrics()
         self.cut = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in self.slices}
 
@@ -68,6 +71,7 @@ class Preparation:
         choices = strategy.choices
         device = strategy.root_device
         units = find_units(module)
+        self._blocks = len(units)  # of all stages: each rank says the same
         divided = layout.data > 1 or options.offload
         if divided or layout.tensor > 1:
             refuse_module(module, units, divided)
@@ -115,7 +119,7 @@ class Preparation:
                     f"them; put two or more modules of one class in an nn.ModuleList, or leave {name} out"
                 )
             if wanted:
-                choices[name] = f"{wanted}, for {len(units)} blocks"
+                choices[name] = f"{wanted}, for {self._blocks} blocks"
         for block in {id(m): m for m in map(self.module.get_submodule, units)}.values():
             if compiling is not None:
                 compile_block(block, compiling)
@@ -135,7 +139,10 @@ class Preparation:
         # Between the micro-batches of a pipeline weights stay whole.
         reshard = False if layout.pipeline > 1 else options.reshard_after_forward
         self._shards = DataShards(self.module, mesh, units, reshard, options.offload)
-        what = f"{len(units)} blocks one at a time, the rest for a whole step" if units else "the whole module at once"
+        blocks = f"{self._blocks} blocks one at a time, the rest for a whole step"
+        what = blocks if self._blocks else "the whole module at once"
+        if layout.pipeline > 1:
+            what = "a stage's weights for a whole step"
         copies = f" in {layout.replicate} copies" if layout.replicate > 1 else ""
         strategy.choices["data_parallel_size"] = f"{layout.data}: FSDP2{copies} gathers {what}"
 
