@@ -312,10 +312,11 @@ L.Trainer(strategy="bharat_hybrid", accelerator="cpu", devices=2, max_steps=1).f
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)  # two cold starts, one after the other
 def test_a_rank_that_raises_before_there_is_a_process_group_ends_both(tmp_path: Path) -> None:
     """Where Lightning starts ranks, it ends them; torchrun does as well, and Slurm with ``--kill-on-bad-exit``."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    (outcome,) = fresh_ranks([str(tmp_path / "script.py")])
+    (outcome,) = fresh_ranks([str(tmp_path / "script.py")], timeout=200)
     began = float(re.findall(r"failing at (\S+)", outcome.output)[0])
     assert time.monotonic() - began < LIMIT + 10  # Lightning looks every five seconds, and then has to end both
     assert outcome.exit_code and not outcome.timed_out
