@@ -34,7 +34,7 @@ from lightning_bharat.strategies.options import Auto, Options
 from lightning_bharat.strategies.pipeline import Pipeline
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
-from lightning_bharat.strategies.randomness import agree_on_random_numbers
+from lightning_bharat.strategies.randomness import agree_on_random_numbers, apart
 from lightning_bharat.strategies.refusals import refuse_lazy
 from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
@@ -227,6 +227,11 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             self._prepared.compare_buffers()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        here = self.layout.coordinates(self.global_rank)["data"]
+        with apart(here, self.root_device) if self.layout.data > 1 else nullcontext():
+            return self._training_step(args, kwargs)
+
+    def _training_step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._pipeline:
             return self._pipeline.train(super().training_step, args, kwargs, self._tokens)
         by_hand = not self._module().automatic_optimization

@@ -69,8 +69,8 @@ class OnGpt(Lora):
 CASES = {
     "by hand": Case(by_hand),
     "llama": Case(lambda: OnLlama(ALL)),
-    "llama attention": Case(lambda: OnLlama(["q_proj", "v_proj"], modules_to_save=["lm_head"])),
-    "own": Case(OnGpt),
+    "llama attention": Case(lambda: OnLlama(["q_proj", "v_proj"], modules_to_save=["lm_head"]), both=False),
+    "own": Case(OnGpt, both=False),
 }
 
 
