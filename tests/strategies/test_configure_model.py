@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
+from lightning_bharat import HybridStrategy
 from tests.modules import Batch, Result, Rows, Trained, assert_equal, fit
 from tests.plan.models import VOCABULARY, Stack
 from tests.ranks import RanksFailed, run_ranks
@@ -187,8 +189,8 @@ class OnMeta(NotBuilt):
 
 class SteadyLinear(nn.Linear):
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.1)
-        nn.init.constant_(self.bias, 0.2)
+        nn.init.constant_(self.weight, 0.125)
+        nn.init.constant_(self.bias, 0.25)
 
 
 class Steady(Deep):
@@ -346,3 +348,37 @@ def test_written_for_fsdp_strategy(layout: str) -> None:
     for calls, built, found in run_ranks(many_runs, ranks, strategy):
         assert_equal(found, expected)
         assert calls >= 3 and built == 1
+
+
+class InInit(Trained):
+    rows_of = "stack"
+
+    def __init__(self) -> None:
+        super().__init__("stack")
+        self.model = Steady()
+
+
+def under_init_module(strategy: dict[str, Any], empty: bool) -> tuple[set[str], Result]:
+    """Built as Lightning's documentation says, in ``trainer.init_module()``."""
+    trainer = L.Trainer(
+        strategy=HybridStrategy(**strategy), devices=int(os.environ["WORLD_SIZE"]), accelerator="cpu",
+        precision="64-true", **QUIET,
+    )  # fmt: skip
+    L.seed_everything(7, verbose=False)
+    with trainer.init_module(empty_init=empty):
+        made = InInit()
+    found = {f"{p.device.type} {p.dtype}" for p in made.parameters()}
+    return found, fit(lambda: made, strategy, **OPTIONS)
+
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_init_module(layout: str) -> None:
+    """On meta where it is to be empty; its values are then those that its leaves set, here constants."""
+    expected = run_ranks(trained, 1, None, InInit, {})[0]
+    for empty, device in ((False, "cpu"), (True, "meta")):
+        for devices, found in run_ranks(under_init_module, *LAYOUTS[layout], empty):
+            assert devices == {f"{device} torch.float64"}
+            assert_equal(found, expected)
