@@ -8,14 +8,18 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_bharat.cluster.outcome import RanksFailed
+from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.inspection import InspectionCLI, quiet
 from lightning_bharat.commands.project import BAD_PROJECT
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import size, table
+from lightning_bharat.commands.timeline_ranks import run_step
+from lightning_bharat.commands.why import why
 from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.copies import copy_module
 from lightning_bharat.plan.find import find_plan, structural_plan
-from lightning_bharat.plan.layout import Layout
+from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank, optimizer_state
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
@@ -29,6 +33,7 @@ The module is built on meta: a model of any size takes no memory. One batch of i
 Example:
     bharat layout --devices 8 --model my.module.MyModel --data my.data.MyData
     bharat layout --devices 64 --config config.yaml
+    bharat layout --timeline pipeline=2,data=2 --config config.yaml
 """
 
 
@@ -36,7 +41,15 @@ class LayoutCLI(InspectionCLI):
     """The parser of ``bharat layout``."""
 
     def add_options(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--devices", type=PositiveInt, required=True, help="Number of devices.")
+        parser.add_argument("--devices", type=PositiveInt, default=1, help="Number of devices.")
+        parser.add_argument(
+            "--timeline",
+            type=str,
+            default=None,
+            help="A layout with a pipeline, such as pipeline=2,data=2: run a few of its steps on this machine's CPU, "
+            "and write the timeline of one of them instead of the table.",
+        )
+        parser.add_argument("--folder", type=str, default="timeline", help="Where the timeline is written to.")
 
 
 def main(words: list[str]) -> int:
@@ -44,10 +57,32 @@ def main(words: list[str]) -> int:
     quiet()
     try:
         cli = LayoutCLI("bharat layout", DESCRIPTION, words)
+        if cli.config.timeline is not None:
+            return follow(words, cli.config.timeline, cli.config.folder)
         cli.look_on_meta(lambda trainer, module: print(describe(trainer, module, cli.config.devices)))
     except BAD_PROJECT as error:
         say_error("bharat layout", error)
         return 2
+    return 0
+
+
+def step_of(words: list[str], layout: Layout, folder: str) -> str:
+    """On each rank of ``layout``."""
+    return run_step(LayoutCLI("bharat layout", DESCRIPTION, words), layout, folder)
+
+
+def follow(words: list[str], text: str, folder: str) -> int:
+    """Run a few steps on ranks here and print what one of them was like; the exit code."""
+    layout = Layout.parse(text)
+    if layout.pipeline == 1:
+        raise LayoutError(f"--timeline {text}: it has no pipeline; write pipeline=2,{text}")
+    server = WarmServer((*PRELOAD, "lightning_bharat.commands.layout"))
+    try:
+        said = server.run(step_of, layout.devices, words, layout, folder, timeout=600)[0]
+    except RanksFailed as error:
+        say_error("bharat layout", f"{layout}: {why(error.outcomes)}")
+        return 1
+    print(f"{said}\nwritten: {folder}/timeline.png, {folder}/timeline.html, {folder}/timeline.json")
     return 0
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_bharat.cluster.outcome import RankOutcome, RanksFailed
+from lightning_bharat.cluster.outcome import RanksFailed
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.inspection import quiet
 from lightning_bharat.commands.project import BAD_PROJECT
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import table
 from lightning_bharat.commands.verify_ranks import Record, VerifyCLI, run_cut, run_whole
+from lightning_bharat.commands.why import why
 from lightning_bharat.plan.layout import Layout
 
 # What is called equal: relative differences of losses, and of gradients and weights.
@@ -39,7 +40,7 @@ def main(words: list[str]) -> int:
             if layout.data not in wholes:
                 wholes[layout.data] = server.run(run_whole, 1, words, layout.data, timeout=cli.config.timeout)[0]
         except RanksFailed as error:
-            say_error("bharat verify", f"the module does not run whole: {_why(error.outcomes)}")
+            say_error("bharat verify", f"the module does not run whole: {why(error.outcomes)}")
             return 1
         verdicts.append(_compare(server, cli, words, layout, wholes[layout.data]))
     return 0 if all(verdicts) else 1
@@ -53,7 +54,7 @@ def _compare(server: WarmServer, cli: VerifyCLI, words: list[str], layout: Layou
     try:
         cut = _together(server.run(run_cut, layout.devices, *parts, timeout=cli.config.timeout), layout)
     except RanksFailed as error:
-        print(f"NOT EQUAL: {_why(error.outcomes)}", end="\n\n")
+        print(f"NOT EQUAL: {why(error.outcomes)}", end="\n\n")
         return False
     comparison = Comparison(whole, cut, *_TOLERANCES[cli.config.double])
     print(comparison, end="\n\n")
@@ -71,13 +72,6 @@ def _together(records: list[Record], layout: Layout) -> Record:
         end=dict(ChainMap(*(r.end for r in stages))),
         notes=records[0].notes,
     )
-
-
-def _why(outcomes: list[RankOutcome]) -> str:
-    """The words of the rank that failed first; with its traceback, unless it refused something in words."""
-    failed = next((o for o in outcomes if o.error not in (None, "PeerError")), next(o for o in outcomes if not o.ok))
-    refused = failed.error in {kind.__name__ for kind in (*BAD_PROJECT, NotImplementedError)}
-    return failed.message if refused else f"{failed.summary()}\n{failed.traceback or failed.stacks or failed.output}"
 
 
 @dataclass

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from lightning_bharat.commands.inspection import QUIET, InspectionCLI, quiet
 from lightning_bharat.commands.no_dropout import NoDropout
+from lightning_bharat.commands.sized_strategy import sized_strategy
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.shards import fill, gather
-from lightning_bharat.strategies.hybrid import HybridStrategy
 
 # What of a project's trainer changes what a step computes.
 _KEPT = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
@@ -103,7 +103,7 @@ def run_whole(words: list[str], data: int) -> Record:
         return record.batches
 
     _give_batches(module, datamodule, taken)
-    ours = _strategy(cli, Layout())  # where Lightning's own strategy on one device does not do the same work
+    ours = sized_strategy(cli, Layout())  # where Lightning's own strategy on one device does not do the same work
     plain = not is_overridden("configure_model", module) and not ours.options.token_weighted
     _fit(cli, module, datamodule, "auto" if plain else ours, 1, data * cli.accumulate, _Recorder(record, None))
     return record
@@ -116,7 +116,7 @@ def run_cut(words: list[str], layout: Layout, batches: list[Any], start: dict[st
     module, datamodule = cli.build()
     own = layout.coordinates(int(os.environ["RANK"]))["data"]
     _give_batches(module, datamodule, lambda _: batches[own :: layout.data])
-    _fit(cli, module, datamodule, _strategy(cli, layout), layout.devices, cli.accumulate, _Recorder(record, start))
+    _fit(cli, module, datamodule, sized_strategy(cli, layout), layout.devices, cli.accumulate, _Recorder(record, start))
     return record
 
 
@@ -154,20 +154,6 @@ def _take(loaders: Any, number: int) -> list[Any]:
         if len(taken) == before:
             raise ValueError("the training loader gives no batches")
     return taken
-
-
-def _strategy(cli: VerifyCLI, layout: Layout) -> HybridStrategy:
-    """The project's strategy, if it is ours, with the sizes of ``layout``."""
-    given = cli.config.trainer.get("strategy")
-    kind = given.get("class_path", "") if hasattr(given, "get") else ""
-    options = dict(given.get("init_args") or {}) if kind.rpartition(".")[2] == "HybridStrategy" else {}
-    sizes = {
-        "data_parallel_size": layout.data,
-        "tensor_parallel_size": layout.tensor,
-        "pipeline_parallel_size": layout.pipeline,
-        "replicate_size": layout.replicate,
-    }
-    return HybridStrategy(**{**options, **sizes, "compile": False})
 
 
 def _fit(

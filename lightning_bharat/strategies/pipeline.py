@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ class Pipeline:
 
         def run(mb: int) -> Tensor:
             self._seed(mb)
-            with recorder.recording(), counted_labels(_loss_of) as count:
+            with recorder.recording(), self._counting() as count:
                 out = step(parts[mb])
             loss = _loss_of(out)
             labels.append(count(out))
@@ -145,6 +145,10 @@ class Pipeline:
             raise PipelineError(problem)
         replay(self.module, logged, self.metrics, self.device)
         return Trained(loss.to(self.device), factor, every)
+
+    def _counting(self) -> AbstractContextManager[Callable[[Any], Labels]]:
+        """Where there is a loss, its labels are counted: other stages are spared the look at every function."""
+        return counted_labels(_loss_of) if self.is_last else nullcontext(lambda _: Labels())
 
     def _run(self, run: Callable[[int], Tensor], hidden: Tensor, number: int) -> None:
         key = (tuple(hidden.shape), hidden.dtype, number)
@@ -174,7 +178,11 @@ class Pipeline:
     def _seed(self, mb: int) -> None:
         """The same random numbers on all stages, and others in each micro-batch and step."""
         text = f"{self.seed}/{self.steps}/{mb}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 2**63)
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 2**63
+        # Not torch.manual_seed: where CUDA was never used it keeps each call, with its stack, for later.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _hidden(self, step: Step, batch: Any) -> Tensor:
         """Shape and type of the hidden state of ``batch``, from what runs before the blocks."""

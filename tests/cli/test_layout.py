@@ -67,3 +67,19 @@ def test_an_optimizer_that_needs_values_is_taken_for_adamw(
     assert (
         "The optimizer is taken for AdamW, since the module's could not be stepped on meta" in capsys.readouterr().out
     )
+
+
+def test_timeline_of_a_step(project: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["layout", *project.classes, "--data.batch_size=6", f"--folder={tmp_path / 'out'}"]
+    assert main([*words, "--timeline=pipeline=2"]) == 0
+    out = capsys.readouterr().out
+    assert re.match(r"bubble [\d.]+% of a step of \d+ ms; [\d.]+% if ranks waited for nothing but what they need", out)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"timeline.png", "timeline.html", "timeline.json"}
+
+
+def test_timelines_that_can_not_be(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layout", *project.classes, "--timeline=data=2"]) == 2
+    assert "it has no pipeline; write pipeline=2,data=2" in capsys.readouterr().err
+    assert main(["layout", *project.classes, "--timeline=pipeline=4"]) == 1
+    said = capsys.readouterr()
+    assert "pipeline_parallel_size=4 is more than the 2 blocks" in said.err and "Traceback" not in said.err
