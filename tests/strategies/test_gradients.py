@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import grad_norm
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
-from tests.modules import Batch
+from lightning_bharat.strategies.refusals import ModuleError
+from tests.modules import Batch, fit
+from tests.ranks import run_ranks
 from tests.strategies.layouts import Case, Layers, check, places
 from tests.strategies.odd import OnVectors
 
@@ -187,3 +189,14 @@ CASES = {
 @pytest.mark.parametrize(("name", "layout"), places(CASES))
 def test_as_on_one_process(name: str, layout: str) -> None:
     check(CASES, name, layout)
+
+
+def refused(strategy: dict[str, Any]) -> None:
+    words = "each stage of a pipeline has others.*strategy.grad_norm.*clip_gradients"
+    for module in (LogsNorms, TorchClips):
+        with pytest.raises(ModuleError, match=words):
+            fit(module, strategy, steps=1, batch=12, limit_val_batches=0)
+
+
+def test_stages_of_a_pipeline_refuse_norms_of_what_they_hold() -> None:
+    run_ranks(refused, 2, {"pipeline_parallel_size": 2})
