@@ -289,7 +289,6 @@ def wrong(at: Path) -> dict[str, tuple[Any, str]]:
         ),
         "whole checkpoint": ({"state_dict": changed(), "epoch": 1}, r'of state_dict, epoch; write .*checkpoint\["'),
         "no tensors": ({"epoch": 1}, "weights=a state dict has no tensors: leave weights out"),
-        "a number": (5, "weights=5: write a path or a state dict, not a int"),
         "nowhere": (f"{at}/{head}", "does not exist; write a .safetensors file, a folder of them, or a checkpoint"),
         "hub": ("openai-community/gpt2", "a name on a hub is not fetched"),
         "empty folder": (folders["empty"], "is a folder without .safetensors files"),
