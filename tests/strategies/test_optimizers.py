@@ -228,3 +228,24 @@ def by_word(strategy: dict[str, Any]) -> str:
 def test_what_can_not_be_tried_is_taken_by_a_person_s_word() -> None:
     for said in run_ranks(by_word, 2, {"tensor_parallel_size": 2}):
         assert "SparseAdam does not support dense gradients" in said
+
+
+STAGES = {"pipeline_parallel_size": 2}
+
+
+def on_stages(strategy: dict[str, Any] | None) -> list[Result]:
+    return [fit(ALL[name].module, strategy, 6, batch=6) for name in ("lamb", "adafactor", "rprop", "adam amsgrad")]
+
+
+def refused_on_stages() -> None:
+    words = r"LBFGS looks at whole tensors or at all of them together .* write pipeline_parallel_size=1"
+    with pytest.raises(OptimizerError, match=words):
+        fit(ALL["lbfgs"].module, STAGES, steps=1)
+
+
+def test_stages_hold_whole_parameters_but_not_all() -> None:
+    expected = run_ranks(on_stages, 1, None)[0]
+    for results in run_ranks(on_stages, 2, STAGES):
+        for found, one in zip(results, expected, strict=True):
+            assert_equal(found, one)
+    run_ranks(refused_on_stages, 2)
