@@ -107,7 +107,7 @@ def _overview(group: str) -> str:
     else:
         lines = {name: c.summary for name, c in COMMANDS.items() if " " not in name}
         lines |= {name: f"{summary} ({_members(name)})" for name, summary in GROUPS.items()}
-        title = "Trains an ordinary LightningModule under data × tensor parallelism, and checks that it does."
+        title = "Trains an ordinary LightningModule, cut over data, tensor and pipeline ranks, and checks that it does."
     width = max(map(len, lines))
     table = "\n".join(f"  {name:{width}}  {summary}" for name, summary in lines.items())
     prefix = f"bharat {group}".strip()

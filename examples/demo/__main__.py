@@ -14,7 +14,7 @@ from examples.demo.curves import Comparison, Curve
 from examples.demo.run import Failed, run
 from examples.demo.story import CORPUS, EXPORTED, FIRST, FOLDER, KEPT, PREPARED, REFERENCE, REST, Step, Story
 
-LAYOUTS = "data 2 × tensor 2 (4 ranks)", "tensor 2 (2 ranks)"
+LAYOUTS = "tensor 2 × pipeline 2", "data 2 × tensor 2"
 TOLERANCE = 1e-6  # of losses in float64, whose rounding adds up from step to step
 FALL = 1.0
 
@@ -85,7 +85,7 @@ def summary(shown: Comparison, seconds: float) -> list[tuple[str, str]]:
     first, last = shown.fall()
     training, validation = shown.largest()
     return [
-        ("layouts", f"{LAYOUTS[0]} for {shown.changed} steps, then {LAYOUTS[1]}"),
+        ("layouts", f"{LAYOUTS[0]} for {shown.changed} steps, then {LAYOUTS[1]}, on 4 ranks"),
         ("training loss", f"{shown.hybrid.training[0]:.3f} at the first step"),
         ("validation loss", f"{first:.3f} after {min(shown.hybrid.validation) + 1} steps, {last:.3f} at the end"),
         ("from one process", f"at most {training:.1e} in training losses, {validation:.1e} in validation losses"),

@@ -12,7 +12,7 @@ import yaml
 FOLDER = Path("runs/demo")  # as the configs have it
 CORPUS, PREPARED, EXPORTED = FOLDER / "corpus", FOLDER / "prepared", FOLDER / "exported"
 KEPT = (CORPUS, PREPARED)  # from one demo to the next
-FIRST, REST, REFERENCE = "data2_tensor2", "tensor2", "one_process"  # configs, and the folders they write
+FIRST, REST, REFERENCE = "tensor2_pipeline2", "data2_tensor2", "one_process"  # configs, and the folders they write
 
 # "You can" in each language.
 PROMPTS = {
@@ -66,14 +66,14 @@ class Story:
         ]
 
     def training(self) -> list[Step]:
-        """Half of a run on four ranks, the rest on two, and all of it on one process."""
+        """Half of a run on one layout, the rest on another, and all of it on one process."""
         return [
             Step(
-                f"Train {self.half} steps on four ranks: data 2 × tensor 2",
+                f"Train {self.half} steps on four ranks: tensor 2 × pipeline 2",
                 self._fit(FIRST, "--trainer.max_steps", str(self.half)),
             ),
             Step(
-                "Two ranks are gone: the rest of the run on tensor 2, from the sharded checkpoint",
+                "The rest of the run on data 2 × tensor 2, from the sharded checkpoint",
                 self._fit(REST, "--ckpt_path", str(self.checkpoint(FIRST, self.half))),
             ),
             Step("The same run on one process, to compare with", self._fit(None)),

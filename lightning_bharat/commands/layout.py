@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_bharat.cluster.outcome import RanksFailed
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.inspection import InspectionCLI, quiet
-from lightning_bharat.commands.project import BAD_PROJECT
+from lightning_bharat.commands.project import BAD_PROJECT, BadInput
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import size, table
 from lightning_bharat.commands.timeline_ranks import run_step
@@ -22,6 +24,7 @@ from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank, optimizer_state
 from lightning_bharat.plan.model_plan import ModelPlan
+from lightning_bharat.plan.partition import balanced, placed
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
 from lightning_bharat.strategies.tensor import cut_module
 
@@ -41,7 +44,7 @@ class LayoutCLI(InspectionCLI):
     """The parser of ``bharat layout``."""
 
     def add_options(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--devices", type=PositiveInt, default=1, help="Number of devices.")
+        parser.add_argument("--devices", type=PositiveInt | None, default=None, help="Number of devices.")
         parser.add_argument(
             "--timeline",
             type=str,
@@ -59,6 +62,8 @@ def main(words: list[str]) -> int:
         cli = LayoutCLI("bharat layout", DESCRIPTION, words)
         if cli.config.timeline is not None:
             return follow(words, cli.config.timeline, cli.config.folder)
+        if cli.config.devices is None:
+            raise BadInput("the number of devices is missing; write --devices 8, or --timeline pipeline=2")
         cli.look_on_meta(lambda trainer, module: print(describe(trainer, module, cli.config.devices)))
     except BAD_PROJECT as error:
         say_error("bharat layout", error)
@@ -97,19 +102,36 @@ def describe(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> s
             cut_module(share, plan, FirstOf(tensor))
         state, note = _state(share)
         notes |= dict.fromkeys([note] if note else [])
-        for layout in Layout.legal(plan, devices):
-            if layout.tensor == tensor and layout.pipeline == 1:
-                rows.append(_row(layout, memory_per_rank(share, find_units(share), layout.data, state)))
+        legal = [layout for layout in Layout.legal(plan, devices) if layout.tensor == tensor]
+        if plan.apart and any(layout.pipeline > 1 for layout in legal):
+            notes |= {f"No layout with pipeline stages: {plan.apart}.": None}
+        for layout in (layout for layout in legal if layout.pipeline == 1 or not plan.apart):
+            rows.append(_row(layout, fullest(share, plan, layout, state)))
     head = ["layout", "parameters", "gradients", "optimizer", "gathered block", "together"]
     shown = plans[min(plans, key=lambda tensor: (tensor == 1, tensor))]
     notes |= {"Bytes are those of the fullest rank. Activations come on top: they are not estimated yet.": None}
     return "\n".join([str(shown), "", table(head, rows), "", *notes])
 
 
+def fullest(share: pl.LightningModule, plan: ModelPlan, layout: Layout, state: State) -> Memory:
+    """Bytes on the fullest rank; of a pipeline with one stage on each."""
+    if layout.pipeline == 1:
+        return memory_per_rank(share, find_units(share), layout.data, state)
+    before, *blocks, after = plan.costs
+    on = placed(share, plan, balanced(blocks, layout.pipeline, before, after))
+    stages = [{name for name, where in on.items() if i in where} for i in range(layout.pipeline)]
+    found = [memory_per_rank(share, find_units(share), layout.data, state, held) for held in stages]
+    return max(found, key=lambda memory: memory.total)
+
+
 def _plans(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> tuple[dict[int, ModelPlan], list[str]]:
     """By number of tensor ranks, the plan proven for it; and in words, which numbers are refused and why."""
-    plans, refused = {1: structural_plan(module)}, []
     step, batch = dry_step(trainer), first_batch(trainer)
+    refused: list[str] = []
+    try:
+        plans = {1: find_plan(module, step, batch, 1)}
+    except ValueError as error:
+        plans = {1: replace(structural_plan(module), apart=str(error))}
     for tensor in (n for n in range(2, devices + 1) if devices % n == 0):
         try:
             plan = find_plan(module, step, batch, tensor)
@@ -133,4 +155,5 @@ def _state(module: pl.LightningModule) -> tuple[State, str]:
 
 def _row(layout: Layout, memory: Memory) -> list[str]:
     sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.gathered, memory.total)
-    return [f"data={layout.data}, tensor={layout.tensor}", *map(size, sizes)]
+    stages = f", pipeline={layout.pipeline}" if layout.pipeline > 1 else ""
+    return [f"data={layout.data}, tensor={layout.tensor}{stages}", *map(size, sizes)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -45,7 +45,9 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.gathered
 
 
-def memory_per_rank(module: nn.Module, blocks: Iterable[str], shards: int, state: State) -> Memory:
+def memory_per_rank(
+    module: nn.Module, blocks: Iterable[str], shards: int, state: State, held: Collection[str] | None = None
+) -> Memory:
     """Bytes on the fullest of ``shards`` data ranks.
 
     Args:
@@ -53,15 +55,18 @@ def memory_per_rank(module: nn.Module, blocks: Iterable[str], shards: int, state
         blocks: names of the blocks, each of which FSDP2 gathers by itself.
         shards: data ranks that share each parameter: ``layout.data // layout.replicate``.
         state: what the optimizers keep for each parameter, from :func:`optimizer_state`.
+        held: names of the parameters of a pipeline stage, which are gathered together; ``None``: all.
     """
-    names, parameters = tuple(blocks), list(module.parameters())
+    names = tuple(blocks)
+    parameters = [p for name, p in module.named_parameters() if held is None or name in held]
     own = {p: _on_fullest(p, p.shape, shards) for p in parameters}
+    gathered = _gathered(module, names) if held is None else sum(p.numel() * p.itemsize for p in parameters)
     kept = sum(_on_fullest(t, p.shape, shards) for p in parameters for t in state.get(p, ()))
     return Memory(
         parameters=sum(own.values()),
         gradients=sum(size for p, size in own.items() if p.requires_grad),
         optimizer=kept,
-        gathered=_gathered(module, names) if shards > 1 else 0,
+        gathered=gathered if shards > 1 else 0,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
+
+from torch import nn
 
 from lightning_bharat.plan.model_plan import ModelPlan
 
@@ -53,10 +55,29 @@ def stages_of(rank: int, ranks: int, each: int, placement: str = LOOPED) -> list
     return [rank + turn * ranks for turn in range(each)]
 
 
-def holders(plan: ModelPlan, name: str, block: int | None, stages: Iterable[range]) -> set[int]:
-    """The stages that hold parameter ``name``, which stands in ``block`` or outside of all (``None``).
+def placed(module: nn.Module, plan: ModelPlan, stages: Sequence[range]) -> dict[str, set[int]]:
+    """By name (the first of tied ones), the stages that hold each parameter: those with its block, and those that need
+    it. A parameter of which no stage was seen to need anything is on all of them.
 
-    A parameter of which no stage was seen to need anything is on all of them.
+    Args:
+        module: whole or cut over tensor ranks.
+        stages: the blocks of each.
     """
+    blocks = {name: i for i, name in enumerate(plan.block_names(module))}
+    firsts: dict[int, str] = {}
+    found: dict[str, set[int]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = firsts.setdefault(id(parameter), name)
+        found[first] = found.get(first, set()) | _holders(plan, first, blocks.get(block_of(name, plan)), stages)
+    return found
+
+
+def block_of(name: str, plan: ModelPlan) -> str:
+    """The block in which parameter ``name`` stands; "" for none."""
+    prefix = f"{plan.blocks}."
+    return prefix + name[len(prefix) :].split(".")[0] if name.startswith(prefix) else ""
+
+
+def _holders(plan: ModelPlan, name: str, block: int | None, stages: Sequence[range]) -> set[int]:
     needed = {min(b, plan.depth - 1) for b in plan.needs.get(name, ())} | ({block} if block is not None else set())
     return {i for i, blocks in enumerate(stages) if not needed or needed & set(blocks)}

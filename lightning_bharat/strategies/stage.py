@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.elsewhere import elsewhere, is_elsewhere
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import holders
+from lightning_bharat.plan.partition import block_of, placed
 from lightning_bharat.strategies._torch import is_view
 
 
@@ -110,8 +110,8 @@ class Stage(nn.Module):
         plan, module = self._tree.plan, self._tree.module
         mine = {plan.block_names(module)[i] for i in self.blocks}
         for name, parameter in module.named_parameters():
-            block = _block_of(name, plan)
-            if not is_elsewhere(parameter) and (block is None or block in mine):
+            block = block_of(name, plan)
+            if not is_elsewhere(parameter) and (not block or block in mine):
                 yield parameter
 
     def forward(self, *arrived: Tensor, mb: Any) -> Any:
@@ -169,14 +169,10 @@ def keep_own(
     Returns:
         By name (the first of tied ones), the stages that hold each parameter outside of blocks.
     """
-    names = plan.block_names(module)
+    found = placed(module, plan, stages)
     firsts: dict[int, str] = {}
-    found: dict[str, set[int]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        block = _block_of(name, plan)
-        first = firsts.setdefault(id(parameter), name)
-        of = holders(plan, first, names.index(block) if block else None, stages)
-        found[first] = found.get(first, set()) | of
+        firsts.setdefault(id(parameter), name)
     stands: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for leaf, held in list(owner._parameters.items()):
@@ -188,13 +184,6 @@ def keep_own(
                     stands[id(held)] = elsewhere(held, device)
                 owner._parameters[leaf] = stands[id(held)]
     return found
-
-
-def _block_of(name: str, plan: ModelPlan) -> str | None:
-    prefix = f"{plan.blocks}."
-    if not name.startswith(prefix):
-        return None
-    return prefix + name[len(prefix) :].split(".")[0]
 
 
 def _sent(hidden: Tensor) -> Tensor:

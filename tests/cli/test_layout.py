@@ -34,6 +34,10 @@ def test_plan_and_layouts(project: Project, capsys: pytest.CaptureFixture[str]) 
     assert out.startswith("blocks: 2 blocks\n")
     assert "up ──▶ down   18 channels" in out
     assert list(rows(out)) == ["data=4, tensor=1", "data=2, tensor=2"]
+    assert re.findall(r"^(data=\d, tensor=\d, pipeline=\d) ", out, re.MULTILINE) == [
+        "data=2, tensor=1, pipeline=2",
+        "data=1, tensor=2, pipeline=2",
+    ]
     assert "No layout with tensor=4: tensor_parallel_size=4 does not divide the 18 channels" in out
     assert "Activations come on top" in out
 

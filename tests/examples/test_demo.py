@@ -16,7 +16,7 @@ from lightning_bharat.cli import main
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("layout", [(), ("data2_tensor2",), ("tensor2",)])
+@pytest.mark.parametrize("layout", [(), ("tensor2_pipeline2",), ("data2_tensor2",)])
 def test_configs_are_those_of_the_command(layout: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     configs = [f"--config={EXAMPLES / name}.yaml" for name in ("gpt", *layout)]
     with pytest.raises(SystemExit) as ended:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bharat import HybridStrategy
-from lightning_bharat.plan.blocks import find_units
+from lightning_bharat.commands.layout import fullest
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.find import find_plan
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.memory import FirstOf, memory_per_rank, optimizer_state
@@ -46,7 +47,7 @@ class Count(L.Callback):
         self.gradients = sum(_bytes(g) for g in gradients)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.parameters = sum(_bytes(p) for p in module.parameters())
+        self.parameters = sum(_bytes(p) for p in module.parameters() if not is_elsewhere(p))
         states = trainer.optimizers[0].state.values()
         self.optimizer = sum(_bytes(t) for state in states for t in state.values())
 
@@ -55,10 +56,10 @@ def _bytes(tensor: Tensor) -> int:
     return local(tensor).numel() * tensor.element_size()
 
 
-def held(data: int, tensor: int) -> tuple[int, int, int]:
+def held(data: int, tensor: int, pipeline: int) -> tuple[int, int, int]:
     count = Count()
     trainer = L.Trainer(
-        strategy=HybridStrategy(data_parallel_size=data, tensor_parallel_size=tensor),
+        strategy=HybridStrategy(data, tensor, pipeline),
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         max_steps=2,
@@ -72,18 +73,20 @@ def held(data: int, tensor: int) -> tuple[int, int, int]:
     return count.parameters, count.gradients, count.optimizer
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2), (2, 2), (3, 1)])
-def test_the_fullest_rank_holds_what_was_computed(data: int, tensor: int) -> None:
+@pytest.mark.parametrize(
+    ("data", "tensor", "pipeline"), [(2, 1, 1), (1, 2, 1), (2, 2, 1), (3, 1, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)]
+)
+def test_the_fullest_rank_holds_what_was_computed(data: int, tensor: int, pipeline: int) -> None:
     with torch.device("meta"):
         module = Small()
+    batch = [torch.zeros(2, 8, dtype=torch.long)]
+    plan = find_plan(module, lambda copied, b: copied.training_step(b, 0), batch, tensor)
     if tensor > 1:
-        batch = [torch.zeros(2, 8, dtype=torch.long)]
-        plan = find_plan(module, lambda copied, b: copied.training_step(b, 0), batch, tensor)
         cut_module(module, plan, FirstOf(tensor))
     state = optimizer_state([module.configure_optimizers()])
-    memory = memory_per_rank(module, find_units(module), data, state)
-    ranks = run_ranks(held, data * tensor, data, tensor)
-    assert tuple(map(max, *ranks)) == (memory.parameters, memory.gradients, memory.optimizer)
+    memory = fullest(module, plan, Layout(data=data, tensor=tensor, pipeline=pipeline), state)
+    ranks = run_ranks(held, data * tensor * pipeline, data, tensor, pipeline)
+    assert max(ranks, key=sum) == (memory.parameters, memory.gradients, memory.optimizer)
 
 
 def test_gathered_is_the_largest_block_and_what_is_outside_of_blocks() -> None:
