@@ -63,7 +63,8 @@ class ModelPlan:
         needs: parameter -> the blocks (the depth: what comes after them) that need it though it is not theirs.
         outputs: how many values a block returns in a tuple, of which the first is the hidden state; 0 for a tensor.
         wire: type of the hidden state that goes from block to block.
-        costs: floating-point operations of a forward pass: before the blocks, in each block, and after them.
+        costs: what it takes before the blocks, in each block, and after them, relative to each other: floating-point
+            operations counted in the dry run, or the time that a run has measured.
     """
 
     blocks: str
@@ -154,9 +155,9 @@ class ModelPlan:
         if self.proven:
             lines.append(f"  proven for {', '.join(map(str, self.proven))} tensor ranks, in float64")
             lines.append(
-                f"  sequence between cuts: {'divided' if not self.sequence else f'whole, since {self.sequence}'}"
+                f"  sequence between cuts: {'may be divided' if not self.sequence else f'whole, since {self.sequence}'}"
             )
-            lines.append(f"  logits: {'divided' if not self.loss else f'whole, since {self.loss}'}")
+            lines.append(f"  logits: {'may be divided' if not self.loss else f'whole, since {self.loss}'}")
         return "\n".join(lines)
 
     def _count(self) -> str:

@@ -44,6 +44,21 @@ def balanced(costs: Sequence[float], stages: int, before: float = 0, after: floa
     return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
+def spread(measured: Sequence[float], stages: Sequence[range], costs: Sequence[int]) -> tuple[int, ...]:
+    """What stages cost, measured, as the costs of what is in them: in proportion to ``costs``, or equally.
+
+    >>> spread([30, 10], [range(2), range(2, 3)], [0, 1, 2, 5, 5])
+    (0, 10, 20, 5, 5)
+    """
+    ends = [0, *(blocks.stop + 1 for blocks in stages[:-1]), stages[-1].stop + 2]
+    counted = costs if any(costs) else [0, *[1] * stages[-1].stop, 0]
+    found: list[int] = []
+    for total, (start, end) in zip(measured, pairwise(ends), strict=True):
+        inside = counted[start:end] if any(counted[start:end]) else [1] * (end - start)
+        found += [round(total * cost / sum(inside)) for cost in inside]
+    return tuple(found)
+
+
 def stages_of(rank: int, ranks: int, each: int, placement: str = LOOPED) -> list[int]:
     """The ``each`` stages of pipeline rank ``rank``, in order: round and round, or there and back (``V``).
 

@@ -53,6 +53,25 @@ def set_rank(rank: int) -> None:
     of_lightning.rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
+def keep_ckpt_path(trainer: pl.Trainer) -> None:
+    """Let :func:`ckpt_path` know which checkpoint ``trainer`` goes on from, as soon as it has chosen one."""
+    connector: Any = trainer._checkpoint_connector
+    if "chosen" in vars(connector):
+        return
+    connector.chosen, choose = None, connector._select_ckpt_path
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        connector.chosen = choose(*args, **kwargs)
+        return connector.chosen
+
+    connector._select_ckpt_path = chosen
+
+
+def ckpt_path(trainer: pl.Trainer) -> Any:
+    """The checkpoint that will be read, as the strategy's setup may ask; ``trainer.ckpt_path`` is known later."""
+    return getattr(trainer._checkpoint_connector, "chosen", None)
+
+
 def set_device(module: nn.Module, device: torch.device) -> None:
     """Make ``module.device`` say ``device``, without moving anything."""
     _update_properties(module, device=device)

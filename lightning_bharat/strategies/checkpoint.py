@@ -99,7 +99,7 @@ class ShardedCheckpoints(_Base):
             raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to file systems only")
         path = directory.local_path(self.broadcast(filepath))
         module = self._module()
-        manifest = Manifest.of(checkpoint, self.layout, self.plan, module)
+        manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module)
         checkpoint = with_positions(checkpoint, self.layout)
         if self.save_distributed_checkpoint:
             state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
@@ -108,6 +108,10 @@ class ShardedCheckpoints(_Base):
             stored.save(path, content, manifest)
         else:
             on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
+
+    def plan_to_save(self) -> ModelPlan | None:
+        """With what was learnt about the model since. All ranks must call it."""
+        return self.plan
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory or a plain ``.ckpt``; tensors are read later. All ranks must call it.

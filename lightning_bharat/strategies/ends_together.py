@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher
+from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher, keep_ckpt_path
 from lightning_bharat.strategies._torch import default_store
 from lightning_bharat.strategies.errors import ErrorWatch
 
@@ -65,6 +65,9 @@ class _ReportingLauncher(SubprocessLauncher):
     is_running = False
 
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            keep_ckpt_path(trainer)  # here is the one place that a strategy sees before it is chosen
+
         def reporting(*args: Any, **kwargs: Any) -> Any:
             self.is_running = True
             try:

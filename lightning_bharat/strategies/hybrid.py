@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -176,7 +177,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
                 )
             for optimizer in self.optimizers:
                 if self.world_size > 1:
-                    prove_optimizer(optimizer, parameter_names(module), self.slices)
+                    staged = self.layout.pipeline > 1
+                    prove_optimizer(optimizer, parameter_names(module), self.slices, staged)
                 self._prepared.watch(optimizer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -317,6 +319,11 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
                 f"there are no stages to follow with {self._layout}; write pipeline_parallel_size=2 or more"
             )
         return self._pipeline.pipeline
+
+    def plan_to_save(self) -> ModelPlan | None:
+        if self._pipeline is None or self.plan is None:
+            return self.plan
+        return replace(self.plan, costs=self._pipeline.pipeline.measured_costs())
 
     def stage_blocks(self, plan: ModelPlan) -> list[range]:
         """The blocks of each pipeline stage, by their costs; none without a pipeline."""

@@ -42,15 +42,11 @@ def parts(size: int, wanted: int) -> int:
 def split(batch: Any, number: int) -> list[Any]:
     """``batch`` in ``number`` equal parts: tensors and lists as long as the batch are divided along dimension 0, all
     else is in each part.
-
-    Raises:
-        MicrobatchError: it can't be known which tensors have a batch dimension.
     """
     if number == 1:
         return [batch]
     size = batch_size(batch)
     leaves, spec = tree_flatten(batch, is_leaf=_is_samples)
-    _refuse_ambiguity(leaves, size)
     each = size // number
     whole = [_length(leaf) == size for leaf in leaves]
     return [
@@ -61,16 +57,19 @@ def split(batch: Any, number: int) -> list[Any]:
     ]
 
 
-def _refuse_ambiguity(leaves: list[Any], size: int) -> None:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def doubt(batch: Any) -> str:
+    """Words that say so where a vector of ``batch`` may have a time dimension as long as the batch; else ""."""
+    size = batch_size(batch)
+    tensors = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
     vectors = [t for t in tensors if t.ndim == 1 and len(t) == size]
     square = next((t for t in tensors if t.ndim > 1 and t.shape[0] == t.shape[1] == size), None)
     if vectors and square is not None and not all(t.ndim == 1 for t in tensors):
-        raise MicrobatchError(
-            f"the batch has a tensor of shape {list(square.shape)} and one of [{size}]: whether the latter has a batch "
-            "or a time dimension can't be known; write microbatch_fn=function(batch, number) that returns a list of "
+        return (
+            f"The batch has a tensor of shape {list(square.shape)} and one of [{size}], which was split with it. If "
+            "the latter has no batch dimension, write microbatch_fn=function(batch, number) that returns a list of "
             f"batches, or use another batch size than {size}"
         )
+    return ""
 
 
 def _is_samples(value: Any) -> bool:

@@ -33,19 +33,22 @@ class OptimizerError(ValueError):
     """An optimizer that would not step in pieces as it does on one rank; the message says what to write instead."""
 
 
-def prove_optimizer(optimizer: Optimizer, names: Mapping[int, str], slices: Mapping[str, TensorSlice]) -> None:
+def prove_optimizer(
+    optimizer: Optimizer, names: Mapping[int, str], slices: Mapping[str, TensorSlice], staged: bool
+) -> None:
     """Refuse ``optimizer`` if ranks that step with their pieces would not step as one rank. All ranks must call it.
 
     Args:
         optimizer: of the divided and cut parameters; it is not changed.
         names: of parameters, by id.
         slices: by name, which part of a parameter this tensor rank holds.
+        staged: whether there are pipeline stages, some of which may hold everything.
 
     Raises:
         OptimizerError: on all ranks.
     """
     stand_ins = _stand_ins(optimizer, names, slices)
-    if not any(s.cut or s.elsewhere or isinstance(s.parameter, DTensor) for s in stand_ins):
+    if not staged and not any(s.cut or isinstance(s.parameter, DTensor) for s in stand_ins):
         return
     expected, problem = _step_whole(optimizer, stand_ins)
     # Steps in pieces exchange with other ranks: none may be missing.

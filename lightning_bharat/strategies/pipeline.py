@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import stages_of
+from lightning_bharat.plan.partition import spread, stages_of
 from lightning_bharat.strategies import schedule as schedules
-from lightning_bharat.strategies.microbatch import Split, batch_size, parts, split
+from lightning_bharat.strategies.microbatch import MicrobatchError, Split, batch_size, doubt, parts, split
 from lightning_bharat.strategies.recording import Recorder, replay
 from lightning_bharat.strategies.stage import Stage, StageDone, before_blocks
 from lightning_bharat.strategies.stage_metrics import StageMetrics
@@ -206,7 +206,7 @@ class Pipeline:
         self.module.eval()
         try:
             for part in [batch, *parts]:
-                with self._quiet(), counted_labels(_loss_of) as count:
+                with self._quiet(), counted_labels(_loss_of) as count, self._in_doubt(batch, part):
                     out = self.relay(step, part)
                 if self.is_last:
                     found.append((float(_loss_of(out)), _weight(count(out), part, batch)))
@@ -215,8 +215,21 @@ class Pipeline:
                 m.training = was
         words: str = self._tell(_compared(found, _loss_tolerance(self.plan.wire)) if self.is_last else "")
         if words:
-            raise PipelineError(words)
+            raise PipelineError(f"{words}. {self._doubt(batch)}".rstrip(" ."))
         self._proven = True
+
+    def _doubt(self, batch: Any) -> str:
+        return "" if self.split is not None else doubt(batch)
+
+    @contextmanager
+    def _in_doubt(self, batch: Any, part: Any) -> Iterator[None]:
+        """A step that fails on a part and not on the batch may have got a part of what can't be split."""
+        try:
+            yield
+        except Exception as error:
+            if part is not batch and (words := self._doubt(batch)):
+                raise MicrobatchError(f"{type(error).__name__} on a part of a batch: {error}. {words}") from error
+            raise
 
     def begin_timeline(self) -> None:
         """Follow the next step's work. All ranks of the pipeline must call it."""
@@ -228,6 +241,16 @@ class Pipeline:
         of_ranks: list[Any] = [None] * self.ranks
         dist.all_gather_object(of_ranks, self.clock.take(), group=self.group)
         return Timeline(tuple(span for spans in of_ranks for span in spans))
+
+    def measured_costs(self) -> tuple[int, ...]:
+        """As ``ModelPlan.costs``, in nanoseconds of a micro-batch; those of the plan as long as nothing has run. All
+        ranks of the pipeline must call it."""
+        of_ranks: list[Any] = [None] * self.ranks
+        dist.all_gather_object(of_ranks, self.clock.costs(), group=self.group)
+        seconds = {stage: cost for costs in of_ranks for stage, cost in costs.items()}
+        if len(seconds) < len(self.blocks):
+            return self.plan.costs
+        return spread([seconds[i] * 1e9 for i in range(len(self.blocks))], self.blocks, self.plan.costs)
 
     # ---- evaluation
 

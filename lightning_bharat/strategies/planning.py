@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_bharat.checkpoints.errors import CheckpointError
+from lightning_bharat.checkpoints.manifest import Manifest
+from lightning_bharat.checkpoints.stored import is_checkpoint
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import LayoutError
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.propose import named_styles
+from lightning_bharat.strategies import _lightning
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
 from lightning_bharat.strategies.schedule import KINDS
 
@@ -75,6 +81,8 @@ def _find(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningMod
     try:
         with strategy.alone():
             plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
+        if strategy.layout.pipeline > 1:
+            plan = replace(plan, costs=_measured(_lightning.ckpt_path(trainer), plan) or plan.costs)
     except PlanError as error:
         return {"error": str(error)}
     except Exception as error:
@@ -83,6 +91,18 @@ def _find(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningMod
             "data ranks need no plan"
         }
     return {"plan": plan.to_dict()}
+
+
+def _measured(path: Any, plan: ModelPlan) -> tuple[int, ...]:
+    """Costs that the run which is resumed has measured of the same blocks; none if it has not."""
+    if not path or not is_checkpoint(Path(path)):
+        return ()
+    try:
+        saved = Manifest.read(Path(path)).plan or {}
+    except CheckpointError:  # to be said where the checkpoint is read
+        return ()
+    alike = saved.get("blocks") == plan.blocks and len(saved.get("kinds", ())) == plan.depth
+    return tuple(saved.get("costs", ())) if alike else ()
 
 
 def used(strategy: HybridStrategy, plan: ModelPlan, what: str) -> bool:

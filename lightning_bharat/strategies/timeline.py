@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch.distributed.pipelining import PipelineStage
 
+LATEST = 64  # passes that costs are the median of
 FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward of inputs", "backward of weights"
 
 
@@ -26,10 +29,11 @@ class Span:
 
 
 class Clock:
-    """Collects spans of one rank while ``spans`` is a list.
+    """Measures one rank's work. While ``spans`` is a list it collects them, and waits for the device at both ends of
+    each.
 
     Args:
-        device: whose work is waited for at both ends of a span.
+        device: that works.
         rank: of the pipeline.
     """
 
@@ -37,6 +41,7 @@ class Clock:
         self.device, self.rank = device, rank
         self.spans: list[Span] | None = None
         self._began = 0.0
+        self._latest: dict[tuple[int, str], deque[tuple[Any, Any]]] = {}
 
     def begin(self) -> None:
         """Time is 0 now. To be called after a barrier."""
@@ -50,16 +55,39 @@ class Clock:
     def timed(self, stage: int, microbatch: int, kind: str, run: Any, *args: Any, **kwargs: Any) -> Any:
         """Call ``run``."""
         if self.spans is None:
-            return run(*args, **kwargs)
+            begin = self._mark()
+            out = run(*args, **kwargs)
+            self._latest.setdefault((stage, kind), deque(maxlen=LATEST)).append((begin, self._mark()))
+            return out
         start = self._now()
         out = run(*args, **kwargs)
         self.spans.append(Span(self.rank, stage, microbatch, kind, start, self._now()))
         return out
 
+    def costs(self) -> dict[int, float]:
+        """Seconds that each stage works on a micro-batch: medians of the latest forward and backward passes."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found: dict[int, float] = {}
+        for (stage, _), marks in self._latest.items():
+            found[stage] = found.get(stage, 0.0) + median(_seconds(begin, end) for begin, end in marks)
+        return found
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - self._began
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 class TimedStage(PipelineStage):

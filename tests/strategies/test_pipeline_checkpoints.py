@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from lightning_bharat import callbacks as ours
 from lightning_bharat.commands import checkpoint as commands
@@ -43,3 +46,47 @@ def test_resumed_and_exported(tmp_path: Path, module: str, averaged: bool) -> No
 def _same_weights(found: Result, expected: Result) -> None:
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-9, msg=name)
+
+
+class Late(nn.Module):
+    """Takes time that no operation shows."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.weight = seconds, nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return x * self.weight
+
+
+class Dear(L.LightningModule):
+    """Its first block takes twice as long as all others together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Late(0.06 if i == 0 else 0.01) for i in range(4))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = batch["x"]
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def _dear(folder: str, ckpt: str | None) -> str:
+    module: Any = Dear()
+    module.rows_of = "stack"
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+    made = fit(lambda: module, STAGES, 6 if ckpt else 3, enable_checkpointing=True, callbacks=[keep], ckpt=ckpt)
+    return made.explain
+
+
+def test_a_resumed_run_is_cut_by_what_was_measured(tmp_path: Path) -> None:
+    for explain in run_ranks(_dear, 2, str(tmp_path), None):
+        assert "schedule 1F1B: blocks 0-1 | 2-3" in explain
+    for explain in run_ranks(_dear, 2, str(tmp_path / "again"), str(tmp_path / "step=3.ckpt")):
+        assert "schedule 1F1B: blocks 0 (" in explain and "| 1-3 (" in explain

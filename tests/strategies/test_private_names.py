@@ -400,6 +400,18 @@ def hooks_on_gradients_are_seen() -> None:
     assert one._backward_hooks and two._post_accumulate_grad_hooks
 
 
+@relied_on("_checkpoint_connector", "_select_ckpt_path")
+def the_checkpoint_is_chosen_before_the_strategy_is_set_up() -> None:
+    """Trainer._checkpoint_connector._select_ckpt_path is asked once by fit, before Strategy.setup."""
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_steps=0)
+    choose, asked = trainer._checkpoint_connector._select_ckpt_path, []
+    trainer._checkpoint_connector._select_ckpt_path = lambda *a, **k: asked.append(choose(*a, **k)) or asked[-1]
+    setup, known = trainer.strategy.setup, []
+    trainer.strategy.setup = lambda trainer: (known.append(list(asked)), setup(trainer))
+    trainer.fit(BoringModel())
+    assert known == [asked] == [[None]]
+
+
 @relied_on("_compiled_call_impl")
 def compiled_modules_say_so() -> None:
     """nn.Module._compiled_call_impl is None until compile(); torch.compile(module) makes an OptimizedModule."""
