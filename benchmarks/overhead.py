@@ -116,7 +116,8 @@ def measure(layout: str, peer: str, size: str, pairs: int, clock: str = "wall", 
 
 def _set_up(layout: Layout, peer: str, size: Size, steps: int, clock: str) -> tuple[dict[str, Loop], dict[str, Turns]]:
     data_rank = layout.coordinates(int(os.environ["RANK"]))["data"]
-    given = batches(size.config, size.rows, size.time, steps + 2, data_rank)
+    # A pipeline's ranks share a batch: as many rows for each of them as for a data rank.
+    given = batches(size.config, size.rows * layout.pipeline, size.time, steps + 2, data_rank)
     loops: dict[str, Loop] = {}
     turns: dict[str, Turns] = {}
     for name in ("ours", "peer", "null"):

@@ -41,7 +41,7 @@ from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
 from lightning_bharat.strategies.timeline import Timeline
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
-from lightning_bharat.strategies.whole_norms import WholeNorms
+from lightning_bharat.strategies.whole_norms import WholeNorms, hooks_see_gradients
 
 
 class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
@@ -158,7 +158,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             self.stages = self._pipeline.stages if self._pipeline else None
         plugin: Any = self.precision_plugin
         plugin.backward_ended = self._prepared.after_backward
-        if self.world_size > 1:
+        if self.world_size > 1 and hooks_see_gradients(trainer, module):  # the look at each function takes time
             plugin.in_hooks = self._whole_norms
         if self.tensor_group is not None:
             agree_on_random_numbers(self.tensor_group, self.root_device)

@@ -191,7 +191,7 @@ class Preparation:
             self._shards.scheduled(run)
             return
         factor = run()
-        for parameter in self.module.parameters():
+        for parameter in self.module.parameters() if factor != 1 else ():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -21,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_bharat.strategies.precision import Divided, Groups, local_piece
 from lightning_bharat.strategies.refusals import ModuleError
 
+_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 _NORMS = {torch.Tensor.norm, torch.norm, torch.linalg.vector_norm, torch.linalg.norm, torch._foreach_norm}
 _SUM, _MAX, _MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 _OTHERS = {
@@ -31,6 +34,13 @@ _OTHERS = {
     **dict.fromkeys((torch.Tensor.all, torch.all), _MIN),
 }
 _MEANS = {torch.Tensor.mean, torch.mean}
+
+
+def hooks_see_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether ``module`` or a callback has code of its own where gradients may be read."""
+    own = any(is_overridden(hook, module) for hook in (*_HOOKS, "configure_gradient_clipping"))
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return own or any(is_overridden(hook, callback, pl.Callback) for hook in _HOOKS for callback in callbacks)
 
 
 class WholeNorms(TorchFunctionMode):

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from benchmarks.bubble import KINDS, RANKS, Result, main, measure, missed
+from benchmarks.bubble import RANKS, Result, main, measure, missed
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("schedule", KINDS)
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "DualPipeV"])
 def test_every_schedule_is_followed(schedule: str) -> None:
     result = run_ranks(measure, RANKS, schedule, 0.001, 1)[0]
     assert 0 < result.measured < 1 and 0 < result.expected < 1 and result.step_ms > 0

@@ -31,7 +31,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2": (2, {}),
     "tensor 2": (2, {"tensor_parallel_size": 2}),
     "data 2 × tensor 2": (4, {"tensor_parallel_size": 2}),
-    "pipeline 2": (2, {"pipeline_parallel_size": 2}),
     "data 2 × pipeline 2": (4, {"pipeline_parallel_size": 2}),
 }
 MODELS = ("nano", "qwen3")
