@@ -98,7 +98,8 @@ def write_report(
 ) -> list[tuple[str, str]]:
     """The plot and the page; returns where everything is."""
     from examples.demo.page import page
-    from examples.demo.picture import draw, save
+    from examples.demo.picture import draw
+    from lightning_bharat.figures import save
 
     plot, html = FOLDER / "losses.png", FOLDER / "losses.html"
     picture = save(draw(shown, *LAYOUTS), plot)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from io import StringIO
-from pathlib import Path
-
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -63,12 +59,3 @@ def _lines(axes: Axes, shown: Comparison, first: str, second: str) -> None:
 def _xy(series: Series) -> tuple[list[int], list[float]]:
     steps = sorted(series)
     return steps, [series[step] for step in steps]
-
-
-def save(figure: Figure, file: Path) -> str:
-    """Write a PNG; returns the same picture as SVG."""
-    figure.savefig(file, dpi=150)
-    text = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from html import escape
-from io import StringIO
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import lightning.pytorch as pl
-import matplotlib
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from lightning_bharat.figures import save
 from lightning_bharat.strategies.hybrid import HybridStrategy
 from lightning_bharat.strategies.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline
 
@@ -70,14 +69,10 @@ def words(timeline: Timeline) -> str:
 def write(timeline: Timeline, folder: Path) -> None:
     """The three files."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure = draw(timeline)
-    figure.savefig(folder / "timeline.png", dpi=150)
-    picture = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "timeline"}):
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    svg = picture.getvalue()
-    (folder / "timeline.html").write_text(_PAGE.substitute(words=escape(words(timeline)), svg=svg[svg.index("<svg") :]))
-    (folder / "timeline.json").write_text(json.dumps({"traceEvents": timeline.chrome_trace()}))
+    svg = save(draw(timeline), folder / "timeline.png")
+    page = _PAGE.substitute(words=escape(words(timeline)), svg=svg)
+    (folder / "timeline.html").write_text(page, encoding="utf-8")
+    (folder / "timeline.json").write_text(json.dumps({"traceEvents": timeline.chrome_trace()}), encoding="utf-8")
 
 
 def draw(timeline: Timeline) -> Figure:

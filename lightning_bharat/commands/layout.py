@@ -24,7 +24,7 @@ from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank, optimizer_state
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import balanced, placed
+from lightning_bharat.plan.partition import by_cost, placed
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
 from lightning_bharat.strategies.tensor import cut_module
 
@@ -117,8 +117,7 @@ def fullest(share: pl.LightningModule, plan: ModelPlan, layout: Layout, state: S
     """Bytes on the fullest rank; of a pipeline with one stage on each."""
     if layout.pipeline == 1:
         return memory_per_rank(share, find_units(share), layout.data, state)
-    before, *blocks, after = plan.costs
-    on = placed(share, plan, balanced(blocks, layout.pipeline, before, after))
+    on = placed(share, plan, by_cost(plan, layout.pipeline))
     stages = [{name for name, where in on.items() if i in where} for i in range(layout.pipeline)]
     found = [memory_per_rank(share, find_units(share), layout.data, state, held) for held in stages]
     return max(found, key=lambda memory: memory.total)

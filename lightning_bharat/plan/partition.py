@@ -44,6 +44,12 @@ def balanced(costs: Sequence[float], stages: int, before: float = 0, after: floa
     return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
+def by_cost(plan: ModelPlan, stages: int) -> list[range]:
+    """The blocks of each of ``stages`` stages of a plan, :func:`balanced` by its costs."""
+    before, *blocks, after = plan.costs or [0] * (plan.depth + 2)
+    return balanced(blocks, stages, before, after)
+
+
 def spread(measured: Sequence[float], stages: Sequence[range], costs: Sequence[int]) -> tuple[int, ...]:
     """What stages cost, measured, as the costs of what is in them: in proportion to ``costs``, or equally.
 

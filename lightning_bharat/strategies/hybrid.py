@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import balanced, stages_of
+from lightning_bharat.plan.partition import by_cost, stages_of
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, already_cut
 from lightning_bharat.strategies.arguments import known_arguments
@@ -329,8 +329,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         """The blocks of each pipeline stage, by their costs; none without a pipeline."""
         if self.layout.pipeline == 1:
             return []
-        before, *blocks, after = plan.costs or [0] * (plan.depth + 2)
-        return balanced(blocks, self.layout.pipeline * KINDS[self.options.schedule].each, before, after)
+        return by_cost(plan, self.layout.pipeline * KINDS[self.options.schedule].each)
 
     def stages_of_rank(self) -> list[int]:
         """Which of them are this rank's."""

@@ -35,7 +35,6 @@ class StageMetrics:
         self.metrics = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
         self._names = {id(metric): name for name, metric in self.metrics.items()}
         self._of_batch: dict[str, Metric] = {}
-        self._is_last = dist.get_rank(group) == last
         for name, metric in self.metrics.items():
             _refuse(name, metric)
             metric.dist_sync_fn = _FromLast(group, last)

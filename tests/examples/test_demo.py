@@ -8,10 +8,11 @@ import pytest
 
 from examples.demo.curves import Comparison, Curve
 from examples.demo.page import page
-from examples.demo.picture import draw, save
+from examples.demo.picture import draw
 from examples.demo.run import Failed, run
 from examples.demo.story import Story
 from lightning_bharat.cli import main
+from lightning_bharat.figures import save
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

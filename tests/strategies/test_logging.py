@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from tests.strategies.watched import (
     Place,
     Scenario,
     Watched,
+    check,
     compare,
     left,
-    play,
 )
 
 BOTH = {"on_step": True, "on_epoch": True}
@@ -331,19 +330,7 @@ SCENARIOS: dict[str, Scenario] = {f.__name__: f for f in (logged, written, metri
 PLAYED = {"data": list(SCENARIOS), "tensor": list(SCENARIOS), "both": list(SCENARIOS)}
 
 
-def job(names: list[str], layout: str, folder: str) -> dict[str, Any]:
-    return play({name: SCENARIOS[name] for name in names}, layout, folder)
-
-
-@cache
-def results(layout: str, folder: str) -> list[dict[str, Any]]:
-    ranks = 1 if layout == ONE else LAYOUTS[layout][0]
-    return run_ranks(job, ranks, PLAYED.get(layout, list(SCENARIOS)), layout, folder, timeout=100)
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("layout", "scenario"), [(layout, name) for layout, names in PLAYED.items() for name in names])
 def test_it_is_what_one_process_logs(scenario: str, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = str(tmp_path_factory.getbasetemp() / "logging")
-    (one,) = results(ONE, folder)
-    compare([rank[scenario] for rank in results(layout, folder)], one[scenario], layout)
+    check(__name__, scenario, layout, tmp_path_factory.getbasetemp() / "logging")

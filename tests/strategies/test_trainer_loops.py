@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_bharat import HybridStrategy
 from lightning_bharat.strategies.refusals import ModuleError
 from tests.ranks import run_ranks
-from tests.strategies.watched import LAYOUTS, ONE, Numbered, Place, Scenario, Watched, compare, left, play
+from tests.strategies.watched import Numbered, Place, Scenario, Watched, check, left
 
 
 def all_after_one_another(at: Place) -> Any:
@@ -285,22 +284,10 @@ PLAYED = {
 }
 
 
-def job(names: list[str], layout: str, folder: str) -> dict[str, Any]:
-    return play({name: SCENARIOS[name] for name in names}, layout, folder)
-
-
-@cache
-def results(layout: str, folder: str) -> list[dict[str, Any]]:
-    ranks = 1 if layout == ONE else LAYOUTS[layout][0]
-    return run_ranks(job, ranks, PLAYED.get(layout, list(SCENARIOS)), layout, folder, timeout=100)
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("layout", "scenario"), [(layout, name) for layout, names in PLAYED.items() for name in names])
 def test_it_is_what_one_process_does(scenario: str, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = str(tmp_path_factory.getbasetemp())
-    (one,) = results(ONE, folder)
-    compare([rank[scenario] for rank in results(layout, folder)], one[scenario], layout)
+    check(__name__, scenario, layout, tmp_path_factory.getbasetemp() / "loops")
 
 
 def cut_again(layout: str, folder: str) -> list[str]:

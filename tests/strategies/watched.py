@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,6 +23,7 @@ from lightning_bharat import HybridStrategy
 from lightning_bharat.plan.model_plan import ModelPlan
 from tests.modules import whole
 from tests.plan.models import Stack
+from tests.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data": (2, {}),
@@ -187,6 +191,25 @@ def play(names: dict[str, Scenario], layout: str, folder: str) -> dict[str, Any]
     """Run each scenario on the ranks that call it."""
     place = Place(layout, folder)
     return {name: scenario(place) for name, scenario in names.items()}
+
+
+@cache
+def results(where: str, layout: str, folder: str) -> list[dict[str, Any]]:
+    """What each rank of ``layout`` found, of all scenarios that the test module ``where`` plays there."""
+    ranks = 1 if layout == ONE else LAYOUTS[layout][0]
+    return run_ranks(_play_all, ranks, where, layout, folder, timeout=100)
+
+
+def _play_all(where: str, layout: str, folder: str) -> dict[str, Any]:
+    module = import_module(where)
+    names = module.PLAYED.get(layout, list(module.SCENARIOS))
+    return play({name: module.SCENARIOS[name] for name in names}, layout, folder)
+
+
+def check(where: str, scenario: str, layout: str, folder: Path) -> None:
+    """Compare one of them with one process."""
+    (one,) = results(where, ONE, str(folder))
+    compare([rank[scenario] for rank in results(where, layout, str(folder))], one[scenario], layout)
 
 
 def compare(found: list[Any], expected: Any, layout: str) -> None:
