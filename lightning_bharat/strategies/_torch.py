@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 
 class Root:
@@ -240,3 +242,13 @@ def is_recomputed() -> bool:
     """Whether ``torch.utils.checkpoint`` is going to compute again, in the backward pass, what is computed now."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+
+
+def innermost_function_mode() -> TorchFunctionMode | None:
+    """The ``TorchFunctionMode`` that sees a function first; ``None`` outside of all."""
+    return _get_current_function_mode()
+
+
+def without_innermost_function_mode() -> AbstractContextManager[TorchFunctionMode]:
+    """In here it sees nothing."""
+    return _pop_mode_temporarily()

@@ -1,8 +1,8 @@
 """A stage of a pipeline: the person's own step runs on it, in the person's own module, with its blocks and no others.
 
-Blocks of other stages are placeholders while a stage runs: the one before its first block returns what has arrived, the
-one after its last block raises :class:`StageDone` with what leaves, all others pass on what they get. No hook stands on
-a block of its own, since a hook would run again when a person's code recomputes that block.
+Blocks are placeholders while a stage runs: the one before its first block returns what has arrived, the one after its
+last block raises :class:`StageDone` with what leaves, all others pass on what they get; its own run the block. No hook
+stands on a block of its own, since a hook would run again when a person's code recomputes that block.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lightning_bharat.plan.elsewhere import elsewhere, is_elsewhere
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import block_of, placed
 from lightning_bharat.strategies._torch import is_view
+from lightning_bharat.strategies.token_weights import uncounted
 
 
 class StageDone(BaseException):
@@ -68,6 +69,12 @@ class _Leave(_Placeholder):
         raise StageDone(self._hidden(args, kwargs))
 
 
+class _Own(_Placeholder):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with uncounted():
+            return self.__dict__["_block"](*args, **kwargs)
+
+
 @dataclass
 class _Tree:
     """The person's module, kept where it is no child of a stage."""
@@ -95,11 +102,12 @@ class Stage(nn.Module):
         self.run: Callable[[Any], Any] | None = None
         container = module.get_submodule(plan.blocks)
         keys = [name.rpartition(".")[2] for name in plan.block_names(module)]
-        foreign = [(i, key) for i, key in enumerate(keys) if i not in blocks]
-        placeholders = {key: self._placeholder(i, container.get_submodule(key), plan) for i, key in foreign}
+        placeholders = {key: self._placeholder(i, container.get_submodule(key), plan) for i, key in enumerate(keys)}
         self._tree = _Tree(module, plan, container, placeholders)
 
     def _placeholder(self, i: int, block: nn.Module, plan: ModelPlan) -> nn.Module:
+        if i in self.blocks:
+            return _Own(block, plan)
         if i == self.blocks.start - 1:
             return _Arrive(block, plan, self)
         return _Leave(block, plan) if i == self.blocks.stop else _PassOn(block, plan)

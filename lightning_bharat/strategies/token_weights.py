@@ -21,7 +21,11 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_bharat.strategies._torch import is_recomputed
+from lightning_bharat.strategies._torch import (
+    innermost_function_mode,
+    is_recomputed,
+    without_innermost_function_mode,
+)
 from lightning_bharat.strategies.data import local
 
 
@@ -159,6 +163,16 @@ def counted_labels(loss_of: Callable[[Any], Tensor]) -> Iterator[Callable[[Any],
 
     with watch:
         yield labels
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs in here makes no loss, and is spared the look at every function."""
+    if not isinstance(innermost_function_mode(), _Watch):
+        yield
+        return
+    with without_innermost_function_mode():
+        yield
 
 
 class TokenWeights:

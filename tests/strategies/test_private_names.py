@@ -32,7 +32,7 @@ from lightning.pytorch.trainer.connectors import data_connector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, exceptions
 from lightning.pytorch.utilities.model_summary import summarize
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch._inductor import cpp_builder, exc
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
@@ -464,6 +464,17 @@ def recomputation_is_seen() -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     checkpoint.checkpoint(seen, torch.ones(1, requires_grad=True), use_reentrant=False)
     assert names[0].startswith("_checkpoint_hook."), names
+
+
+@relied_on("_get_current_function_mode", "_pop_mode_temporarily")
+def function_modes_are_a_stack() -> None:
+    """The innermost mode is known, and sees nothing until it is pushed again."""
+    assert overrides._get_current_function_mode() is None
+    with overrides.BaseTorchFunctionMode(), overrides.BaseTorchFunctionMode() as innermost:
+        assert overrides._get_current_function_mode() is innermost
+        with overrides._pop_mode_temporarily():
+            assert overrides._get_current_function_mode() not in (None, innermost)
+        assert overrides._get_current_function_mode() is innermost
 
 
 @relied_on("_inductor")

@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bharat.strategies.token_weights import _Watch
+from lightning_bharat.strategies.token_weights import _Watch, counted_labels, uncounted
 from tests.modules import Trained, Wrapped, fit
 from tests.ranks import RanksFailed, run_ranks
 
@@ -264,3 +265,23 @@ def test_the_mean_stays_torchs(kind: str, options: dict[str, Any]) -> None:
         found = F.cross_entropy(logits, target, **options)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert len(watch.counts) == 1
+
+
+def test_blocks_of_a_stage_are_not_looked_at() -> None:
+    logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([1, 2, -100, 3])
+    with counted_labels(lambda out: out) as count:
+        with uncounted():
+            inside = F.cross_entropy(logits[:2], labels[:2])
+        loss = F.cross_entropy(logits, labels) / 2
+    assert count(loss).number == 3 and count(loss).alone
+    assert not count(inside).alone
+
+
+def test_what_another_mode_sees_in_a_block_is_counted_too() -> None:
+    """A mode that a person entered is not taken away from under it."""
+    logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([1, 2, -100, 3])
+    with counted_labels(lambda out: out) as count:
+        with BaseTorchFunctionMode(), uncounted():
+            F.cross_entropy(logits[:2], labels[:2])
+        loss = F.cross_entropy(logits, labels)
+    assert count(loss).number is None
