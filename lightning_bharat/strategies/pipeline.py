@@ -21,6 +21,7 @@ from lightning_bharat.strategies.microbatch import MicrobatchError, Split, batch
 from lightning_bharat.strategies.recording import Recorder, replay
 from lightning_bharat.strategies.stage import Stage, StageDone, before_blocks
 from lightning_bharat.strategies.stage_metrics import StageMetrics
+from lightning_bharat.strategies.telling import tell
 from lightning_bharat.strategies.timeline import Clock, Timeline
 from lightning_bharat.strategies.token_weights import Labels, counted_labels
 from lightning_bharat.strategies.unchanged import unchanged
@@ -307,9 +308,7 @@ class Pipeline:
 
     def _tell(self, value: Any) -> Any:
         """``value`` of the last stage's rank, on all ranks of the pipeline."""
-        box = [value]
-        dist.broadcast_object_list(box, group_src=self.last, group=self.group, device=self.device)
-        return box[0]
+        return tell(value, self.last, self.group, self.device)
 
 
 def _loss_of(out: Any) -> Tensor:
