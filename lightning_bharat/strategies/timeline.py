@@ -61,7 +61,8 @@ class Clock:
             return out
         start = self._now()
         out = run(*args, **kwargs)
-        self.spans.append(Span(self.rank, stage, microbatch, kind, start, self._now()))
+        end = self._now()
+        self.spans.append(Span(self.rank, stage, microbatch, kind, start - self._began, end - self._began))
         return out
 
     def costs(self) -> dict[int, float]:
@@ -83,7 +84,7 @@ class Clock:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self._began
+        return time.perf_counter()
 
 
 def _seconds(begin: Any, end: Any) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_bharat.callbacks import PipelineTimeline
-from lightning_bharat.strategies.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Span, Timeline
+from lightning_bharat.strategies.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Clock, Span, Timeline
 from tests.modules import Trained, fit
 from tests.ranks import RanksFailed, run_ranks
 
@@ -48,6 +50,16 @@ def test_backward_of_weights_fills_the_bubble() -> None:
     order = [(0, FORWARD, 0), (1, FORWARD, 1), (1, INPUT, 2), (1, WEIGHT, 3), (0, INPUT, 3), (0, WEIGHT, 4)]
     spans = [Span(stage, stage, 0, kind, start, start + 1) for stage, kind, start in order]
     assert Timeline(tuple(spans)).without_waiting == pytest.approx(1 - 6 / 10)
+
+
+def test_each_step_begins_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(100)
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    clock = Clock(torch.device("cpu"), 0)
+    for _ in range(3):
+        clock.begin()
+        clock.timed(1, 2, FORWARD, lambda: None)
+        assert clock.take() == [Span(0, 1, 2, FORWARD, 1.0, 2.0)]
 
 
 def test_a_trace_without_what_it_needs() -> None:
