@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
-"""Warms the process server while pytest collects, and skips what needs a GPU where there is none."""
+"""Warms the process server while pytest collects, keeps tests apart, and skips what needs a GPU where there is none."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,6 +12,15 @@ from tests.ranks import server
 
 def pytest_configure() -> None:
     server.warm_up()
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """A Trainer in this process leaves LOCAL_RANK and its like behind: later ones would take themselves for ranks."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -88,10 +88,13 @@ def fresh_ranks(
         for rank, output in enumerate(outputs)
     ]
     outcomes = [RankOutcome(rank) for rank in range(ranks)]
-    _follow(processes, outcomes, began, timeout)
-    for process, outcome, output in zip(processes, outcomes, outputs, strict=True):
-        with suppress(ProcessLookupError):  # what it started and left behind
-            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        _follow(processes, outcomes, began, timeout)
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):  # what it started and left behind
+                os.killpg(process.pid, signal.SIGKILL)
+    for outcome, output in zip(outcomes, outputs, strict=True):
         output.seek(0)
         outcome.output = output.read()
         output.close()

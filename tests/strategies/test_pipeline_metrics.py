@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -31,7 +32,7 @@ class Measured(Trained):
         self.accuracy = MulticlassAccuracy(VOCABULARY, average="micro")
         self.both = MetricCollection([MulticlassAccuracy(VOCABULARY), MulticlassF1Score(VOCABULARY)], prefix="val_")
         self.rank = SpearmanCorrCoef()  # keeps all values in lists
-        self.mean = MeanMetric()
+        self.mean = MeanMetric().set_dtype(torch.float64)
         self.kept: list[dict[str, float]] = []
 
     def loss(self, batch: Batch) -> Tensor:
@@ -64,6 +65,7 @@ class Measured(Trained):
 
 
 def _fit(strategy: dict[str, Any] | None, **options: Any) -> tuple[Result, Any]:
+    L.seed_everything(7, verbose=False)
     made = Measured()
     return fit(lambda: made, strategy, 10, last=2, **options), made.kept
 
@@ -89,6 +91,7 @@ def _without(result: Result, names: Sequence[str]) -> Result:
 
 def _stopped(strategy: dict[str, Any] | None) -> tuple[Result, int]:
     stop = EarlyStopping("rank", patience=1, mode="max", min_delta=1.0)
+    L.seed_everything(7, verbose=False)
     made = Measured()
     return fit(lambda: made, strategy, 100, callbacks=[stop], max_epochs=5), stop.stopped_epoch
 
