@@ -1,6 +1,7 @@
 """What plugs into a Trainer: one callback a file."""
 
 from lightning_bharat.callbacks.pipeline_timeline import PipelineTimeline
+from lightning_bharat.callbacks.replica_check import ReplicaCheck, ReplicaError
 from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 
-__all__ = ["EMAWeightAveraging", "PipelineTimeline", "WeightAveraging"]
+__all__ = ["EMAWeightAveraging", "PipelineTimeline", "ReplicaCheck", "ReplicaError", "WeightAveraging"]

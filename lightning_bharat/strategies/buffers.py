@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import xxhash
@@ -21,8 +23,7 @@ def compare_buffers(module: nn.Module, group: dist.ProcessGroup, device: torch.d
     Raises:
         BuffersError: on all of these ranks, with the name of a buffer that differs.
     """
-    metrics = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Metric))
-    digests = {n: _digest(b) for n, b in persistent_buffers(module) if not n.startswith(metrics) and not b.is_meta}
+    digests = {name: _digest(buffer) for name, buffer in kept_buffers(module)}
     mine = xxhash.xxh3_64(repr(digests).encode()).intdigest() >> 1
     pair = torch.tensor([mine, -mine], device=device)
     dist.all_reduce(pair, dist.ReduceOp.MAX, group=group)
@@ -37,6 +38,14 @@ def compare_buffers(module: nn.Module, group: dist.ProcessGroup, device: torch.d
                 "changed, take the mean over ranks (self.trainer.strategy.reduce(value) in the LightningModule), or "
                 "keep it out of checkpoints by register_buffer(..., persistent=False) if its value does not matter"
             )
+
+
+def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of ``module`` that checkpoints keep, but those of metrics: each rank counts its own rows in them."""
+    metrics = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Metric))
+    for name, buffer in persistent_buffers(module):
+        if not name.startswith(metrics) and not buffer.is_meta:
+            yield name, buffer
 
 
 def _digest(buffer: Tensor) -> int:
