@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
-from torch.optim import AdamW, Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_bharat.cluster.outcome import RanksFailed
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.inspection import InspectionCLI, quiet
+from lightning_bharat.commands.planner import planned
 from lightning_bharat.commands.project import BAD_PROJECT, BadInput
+from lightning_bharat.commands.shares import proven_plans, state_of
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import size, table
 from lightning_bharat.commands.timeline_ranks import run_step
 from lightning_bharat.commands.why import why
 from lightning_bharat.plan.blocks import find_units
+from lightning_bharat.plan.cluster import Cluster
 from lightning_bharat.plan.copies import copy_module
-from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import Layout, LayoutError
-from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank, optimizer_state
+from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import by_cost, placed
-from lightning_bharat.strategies.dry_step import dry_step, first_batch
 from lightning_bharat.strategies.tensor import cut_module
 
 DESCRIPTION = """\
-Show where a model can be cut, and all its layouts on a number of devices with bytes per rank.
+Show where a model can be cut, and all its layouts on a number of devices with bytes per rank; or, for a cluster, the
+ten fastest layouts that fit it.
 
 The module is built on meta: a model of any size takes no memory. One batch of its data is read.
 
 Example:
     bharat layout --devices 8 --model my.module.MyModel --data my.data.MyData
     bharat layout --devices 64 --config config.yaml
+    bharat layout --cluster cluster.yaml --global_batch_size 1024 --sequence_length 4096 --config config.yaml
     bharat layout --timeline pipeline=2,data=2 --config config.yaml
 """
 
@@ -45,6 +45,25 @@ class LayoutCLI(InspectionCLI):
 
     def add_options(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--devices", type=PositiveInt | None, default=None, help="Number of devices.")
+        parser.add_argument(
+            "--cluster",
+            type=str,
+            default=None,
+            help="A YAML file with nodes, devices_per_node, memory, flops, intra_node and inter_node: plan for it.",
+        )
+        parser.add_argument("--detect", type=bool, default=False, help="Plan for this machine, as one node.")
+        parser.add_argument(
+            "--global_batch_size",
+            type=PositiveInt | None,
+            default=None,
+            help="With a cluster: rows of an optimizer step, over all data ranks.",
+        )
+        parser.add_argument(
+            "--sequence_length",
+            type=PositiveInt | None,
+            default=None,
+            help="With a cluster: tokens of a row; those of the project's data if it is left out.",
+        )
         parser.add_argument(
             "--timeline",
             type=str,
@@ -62,13 +81,36 @@ def main(words: list[str]) -> int:
         cli = LayoutCLI("bharat layout", DESCRIPTION, words)
         if cli.config.timeline is not None:
             return follow(words, cli.config.timeline, cli.config.folder)
+        if (cluster := _cluster(cli.config)) is not None:
+            sizes = cli.config.global_batch_size, cli.config.sequence_length
+            cli.look_on_meta(lambda trainer, module: print(planned(trainer, module, cluster, *sizes)))
+            return 0
         if cli.config.devices is None:
-            raise BadInput("the number of devices is missing; write --devices 8, or --timeline pipeline=2")
+            raise BadInput(
+                "the number of devices is missing; write --devices 8, --cluster cluster.yaml or --timeline pipeline=2"
+            )
         cli.look_on_meta(lambda trainer, module: print(describe(trainer, module, cli.config.devices)))
     except BAD_PROJECT as error:
         say_error("bharat layout", error)
         return 2
     return 0
+
+
+def _cluster(config: Namespace) -> Cluster | None:
+    """The cluster to plan for, if any."""
+    if not (config.cluster or config.detect):
+        for name in ("global_batch_size", "sequence_length"):
+            if config[name] is not None:
+                raise BadInput(f"--{name} is of a plan for a cluster; write --cluster cluster.yaml or --detect true")
+        return None
+    if config.cluster and config.detect:
+        raise BadInput("--cluster and --detect are two clusters; write one of them")
+    if config.global_batch_size is None:
+        raise BadInput("the batch is missing; write --global_batch_size 1024, the rows of an optimizer step")
+    cluster = Cluster.read(config.cluster) if config.cluster else Cluster.detect()
+    if config.devices not in (None, cluster.devices):
+        raise BadInput(f"--devices {config.devices}: the cluster has {cluster.devices}; leave it out")
+    return cluster
 
 
 def step_of(words: list[str], layout: Layout, folder: str) -> str:
@@ -93,14 +135,14 @@ def follow(words: list[str], text: str, folder: str) -> int:
 
 def describe(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> str:
     """The plan, the table of layouts on ``devices`` devices, and what they do not show."""
-    plans, refused = _plans(trainer, module, devices)
+    plans, refused = proven_plans(trainer, module, [n for n in range(1, devices + 1) if devices % n == 0])
     rows, notes = [], dict.fromkeys(refused)
     for tensor, plan in plans.items():
         share = copy_module(module)
         share.trainer = trainer
         if tensor > 1:
             cut_module(share, plan, FirstOf(tensor))
-        state, note = _state(share)
+        state, note = state_of(share)
         notes |= dict.fromkeys([note] if note else [])
         legal = [layout for layout in Layout.legal(plan, devices) if layout.tensor == tensor]
         if plan.apart and any(layout.pipeline > 1 for layout in legal):
@@ -109,7 +151,7 @@ def describe(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> s
             rows.append(_row(layout, fullest(share, plan, layout, state)))
     head = ["layout", "parameters", "gradients", "optimizer", "gathered block", "together"]
     shown = plans[min(plans, key=lambda tensor: (tensor == 1, tensor))]
-    notes |= {"Bytes are those of the fullest rank. Activations come on top: they are not estimated yet.": None}
+    notes |= {"Bytes are those of the fullest rank. Activations come on top; with --cluster they are counted.": None}
     return "\n".join([str(shown), "", table(head, rows), "", *notes])
 
 
@@ -121,35 +163,6 @@ def fullest(share: pl.LightningModule, plan: ModelPlan, layout: Layout, state: S
     stages = [{name for name, where in on.items() if i in where} for i in range(layout.pipeline)]
     found = [memory_per_rank(share, find_units(share), layout.data, state, held) for held in stages]
     return max(found, key=lambda memory: memory.total)
-
-
-def _plans(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> tuple[dict[int, ModelPlan], list[str]]:
-    """By number of tensor ranks, the plan proven for it; and in words, which numbers are refused and why."""
-    step, batch = dry_step(trainer), first_batch(trainer)
-    refused: list[str] = []
-    try:
-        plans = {1: find_plan(module, step, batch, 1)}
-    except ValueError as error:
-        plans = {1: replace(structural_plan(module), apart=str(error))}
-    for tensor in (n for n in range(2, devices + 1) if devices % n == 0):
-        try:
-            plan = find_plan(module, step, batch, tensor)
-            Layout(tensor=tensor).check(plan)
-            plans[tensor] = plan
-        except ValueError as error:  # LayoutError, PlanError: all others of that size would be refused alike
-            refused.append(f"No layout with tensor={tensor}: {error}.")
-    return plans, refused
-
-
-def _state(module: pl.LightningModule) -> tuple[State, str]:
-    """What the module's optimizers keep; AdamW's states, with a note that says so, where that can't be known."""
-    try:
-        made = tree_leaves(module.configure_optimizers())
-        return optimizer_state(o for o in made if isinstance(o, Optimizer)), ""
-    except Exception as error:  # whatever a person's configure_optimizers or an optimizer raises on meta
-        trained = [p for p in module.parameters() if p.requires_grad]
-        note = f"The optimizer is taken for AdamW, since the module's could not be stepped on meta: {error}."
-        return optimizer_state([AdamW(trained)] if trained else []), note
 
 
 def _row(layout: Layout, memory: Memory) -> list[str]:

@@ -8,8 +8,12 @@ from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.distributed.device_mesh import DeviceMesh
 
+    from lightning_bharat.plan.cluster import Cluster
+    from lightning_bharat.plan.estimate import Share
     from lightning_bharat.plan.model_plan import ModelPlan
 
 # From the outermost to the innermost: tensor ranks are neighbours on a host, where links are fast.
@@ -178,6 +182,22 @@ class Layout:
                 continue
             found.append(layout)
         return found
+
+    @classmethod
+    def best(cls, shares: Mapping[int, Share], cluster: Cluster, rows: int) -> Layout:
+        """The layout whose step is estimated to be the fastest of those that fit ``cluster``; see
+        :func:`~lightning_bharat.plan.search.search`, which also gives its setting, bytes and seconds.
+
+        Args:
+            shares: by number of tensor ranks, what one of them holds and does.
+            rows: of a batch, over all data ranks.
+
+        Raises:
+            LayoutError: none is legal, or none fits.
+        """
+        from lightning_bharat.plan.search import search
+
+        return search(shares, cluster, rows)[0].layout
 
     def __str__(self) -> str:
         cut = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1]

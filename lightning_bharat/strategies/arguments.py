@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.propose import STYLES
-from lightning_bharat.strategies.recompute import MODES
+from lightning_bharat.plan.work import MODES
 from lightning_bharat.strategies.schedule import KINDS
 
 _Init = TypeVar("_Init", bound=Callable[..., None])

@@ -87,3 +87,56 @@ def test_timelines_that_can_not_be(project: Project, capsys: pytest.CaptureFixtu
     assert main(["layout", *project.classes, "--timeline=pipeline=4"]) == 1
     said = capsys.readouterr()
     assert "pipeline_parallel_size=4 is more than the 2 blocks" in said.err and "Traceback" not in said.err
+
+
+CLUSTER = """
+nodes: 2
+devices_per_node: 2
+memory: [1 GB, 2 GB, 1 GB, 1 GB]
+flops: 1 TFLOP/s
+intra_node: {bandwidth: 10 GB/s, latency: 5 us}
+inter_node: {bandwidth: 1 GB/s, latency: 50 us}
+"""
+
+
+def test_plan_for_a_cluster(project: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    assert main(["layout", *project.classes, "--cluster=cluster.yaml", "--global_batch_size=16"]) == 0
+    head, _, names, *rest = capsys.readouterr().out.splitlines()
+    assert head.startswith("2 nodes of 2 devices, 1 GB and 1 TFLOP/s each")
+    columns = "parameters gradients optimizer gathered activations buffers together step communication bubble"
+    assert names.split()[-10:] == columns.split()
+    found = rest[: rest.index("")]
+    assert 3 <= len(found) <= 10 and len({re.split(r" {2,}", row)[0] for row in found}) == len(found)
+    assert any("data=2, tensor=2" in row for row in found)
+    assert "Devices differ in memory, and ranks hold alike: planned for the smallest, 1 GB." in rest
+
+
+def test_plan_for_this_machine(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layout", *project.classes, "--detect=true", "--global_batch_size=16"]) == 0
+    assert "efficiency is 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cluster=nowhere.yaml", "--global_batch_size=8"], "No such file"),
+        (["--cluster=cluster.yaml"], "the batch is missing; write --global_batch_size 1024"),
+        (["--cluster=cluster.yaml", "--detect=true", "--global_batch_size=8"], "are two clusters; write one"),
+        (["--cluster=cluster.yaml", "--devices=8", "--global_batch_size=8"], "the cluster has 4; leave it out"),
+        (["--devices=4", "--global_batch_size=8"], "--global_batch_size is of a plan for a cluster"),
+        (
+            ["--cluster=cluster.yaml", "--global_batch_size=8", "--sequence_length=4"],
+            "--sequence_length 4: the batch has no token ids of shape (rows, time); leave it out",
+        ),
+        (["--cluster=small.yaml", "--global_batch_size=8"], "nothing fits 2 nodes of 2 devices"),
+    ],
+)
+def test_plans_that_can_not_be(
+    project: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    (tmp_path / "small.yaml").write_text(CLUSTER.replace("[1 GB, 2 GB, 1 GB, 1 GB]", "100 B"))
+    assert main(["layout", *project.classes, *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error

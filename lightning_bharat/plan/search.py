@@ -1,0 +1,128 @@
+"""The best layout of a model on a cluster: all legal ones in all settings, kept where they fit, ranked by time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from lightning_bharat.plan.cluster import Cluster
+from lightning_bharat.plan.estimate import Bytes, Estimate, Seconds, Setting, Share
+from lightning_bharat.plan.layout import Layout, LayoutError
+from lightning_bharat.plan.schedules import NONE, SCHEDULES, Schedule
+from lightning_bharat.plan.work import MODES
+
+REMEDIES = tuple((recompute, offload) for offload in (False, True) for recompute in MODES)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, and what it takes."""
+
+    setting: Setting
+    bytes: Bytes
+    seconds: Seconds
+
+    @property
+    def layout(self) -> Layout:
+        """Its layout."""
+        return self.setting.layout
+
+
+def search(shares: Mapping[int, Share], cluster: Cluster, rows: int) -> list[Choice]:
+    """The best setting of each legal layout that fits, the fastest first.
+
+    Tensor ranks stay inside a node wherever anything fits so; among equally fast ones the leanest is first.
+
+    Args:
+        shares: by number of tensor ranks.
+        cluster: to be filled.
+        rows: of a batch, over all data ranks.
+
+    Raises:
+        LayoutError: no layout is legal, or none fits; says what the leanest one would need.
+    """
+    best: dict[Layout, Choice] = {}
+    leanest: Choice | None = None
+    for tensor, share in sorted(shares.items()):
+        estimate = Estimate(share, cluster)
+        for setting in settings(share, cluster, tensor, rows):
+            found = _lightest(estimate, setting)
+            if not fits(found.bytes, cluster):
+                leanest = min(filter(None, (leanest, found)), key=lambda choice: choice.bytes.total)
+                continue
+            known = best.get(found.layout)
+            best[found.layout] = min(filter(None, (known, found)), key=_rank)
+    if not best:
+        raise LayoutError(_nothing(cluster, rows, leanest))
+    return sorted(best.values(), key=lambda choice: (not _inside(choice.layout, cluster), _rank(choice)))
+
+
+def settings(share: Share, cluster: Cluster, tensor: int, rows: int) -> Iterator[Setting]:
+    """Every legal layout, number of micro-batches and schedule, of a number of tensor ranks."""
+    for layout in layouts(share, cluster, tensor):
+        if rows % layout.data:
+            continue
+        of_rank = rows // layout.data
+        for microbatches in _divisors(of_rank):
+            for schedule in SCHEDULES if layout.pipeline > 1 else (NONE,):
+                if _schedules(schedule, layout, microbatches, share.plan.depth):
+                    yield Setting(layout, microbatches, of_rank // microbatches, schedule)
+
+
+def layouts(share: Share, cluster: Cluster, tensor: int) -> Iterator[Layout]:
+    """Every legal layout of a number of tensor ranks; each number of copies of what is divided over data ranks."""
+    for layout in Layout.legal(share.plan, cluster.devices):
+        if layout.tensor == tensor and not (layout.pipeline > 1 and share.plan.apart):
+            for copies in _divisors(layout.data):
+                yield replace(layout, replicate=copies)
+
+
+def fits(bytes: Bytes, cluster: Cluster) -> bool:
+    """Whether a device, and the host's memory, hold them."""
+    of_host = cluster.host.memory * cluster.usable / cluster.devices_per_node if cluster.host else 0
+    return bytes.total <= cluster.room and bytes.host <= of_host
+
+
+def _lightest(estimate: Estimate, setting: Setting) -> Choice:
+    """As it is where it fits, since whatever saves memory costs time; else with what makes it fit in least time; with
+    the leanest, if nothing does."""
+    tried: list[Choice] = []
+    for recompute, offload in REMEDIES:
+        if (recompute and not setting.schedule.recomputes) or (offload and estimate.cluster.host is None):
+            continue
+        made = replace(setting, recompute=recompute, offload=offload)
+        tried.append(Choice(made, estimate.bytes(made), estimate.seconds(made)))
+        if made == setting and fits(tried[-1].bytes, estimate.cluster):
+            break
+    good = [choice for choice in tried if fits(choice.bytes, estimate.cluster)]
+    return min(good, key=_rank) if good else min(tried, key=lambda choice: choice.bytes.total)
+
+
+def _schedules(schedule: Schedule, layout: Layout, microbatches: int, depth: int) -> bool:
+    return layout.pipeline * schedule.each <= depth and schedule.takes(layout.pipeline, microbatches)
+
+
+def _inside(layout: Layout, cluster: Cluster) -> bool:
+    return cluster.devices_per_node % layout.tensor == 0
+
+
+def _rank(choice: Choice) -> tuple[float, float]:
+    return choice.seconds.total, choice.bytes.total
+
+
+def _nothing(cluster: Cluster, rows: int, leanest: Choice | None) -> str:
+    if leanest is None:
+        return (
+            f"no layout of the model has {cluster.devices} devices and divides a global batch of {rows} rows; write "
+            "another --global_batch_size, or another number of devices"
+        )
+    need, host = leanest.bytes.total, leanest.bytes.host
+    beside = f", and {host / 1e9:.3g} GB of its host" if host else ""
+    return (
+        f"nothing fits {cluster}: the leanest, {leanest.layout}, needs {need / 1e9:.3g} GB of each device{beside}. "
+        "Add devices or memory, or take a smaller batch, sequence or model"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
