@@ -174,8 +174,8 @@ def fit(
 
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if strategy is not None else 1
     rank = int(os.environ.get("RANK", 0)) if strategy is not None else 0
-    tensor = (strategy or {}).get("tensor_parallel_size", 1)
-    data = ranks // tensor // (strategy or {}).get("pipeline_parallel_size", 1)
+    peers = (strategy or {}).get("tensor_parallel_size", 1) * (strategy or {}).get("context_parallel_size", 1)
+    data = ranks // peers // (strategy or {}).get("pipeline_parallel_size", 1)
     L.seed_everything(7, verbose=False)
     made = Trained(module, optimizer, ragged) if isinstance(module, str) else module()
     name = module if isinstance(module, str) else getattr(made, "rows_of", "nano")
@@ -194,7 +194,7 @@ def fit(
             **trainer,
         }
     )
-    rows = [Rows(name, batch, batches, data, rank // tensor % data, ragged, last) for _ in range(2)]
+    rows = [Rows(name, batch, batches, data, rank // peers % data, ragged, last) for _ in range(2)]
     loop.fit(made, *rows, ckpt_path=ckpt)
     after = of_stages(loop, {n: whole(made, n, p) for n, p in made.named_parameters() if not is_elsewhere(p)})
     if getattr(made, "gradients", None) is not None:

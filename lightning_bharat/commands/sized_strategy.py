@@ -16,6 +16,7 @@ def sized_strategy(cli: InspectionCLI, layout: Layout) -> HybridStrategy:
         "data_parallel_size": layout.data,
         "tensor_parallel_size": layout.tensor,
         "pipeline_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
         "replicate_size": layout.replicate,
     }
     return HybridStrategy(**{**options, **sizes, "compile": False})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from lightning_bharat.plan.vocabulary import VocabularyShard
 SEQUENCE_DIM = 1  # hidden states are (batch, sequence, channels)
 
 
+class Sums(Protocol):
+    """What :func:`summed` must know: ``split_backward`` says that a schedule computes weights' gradients apart, one
+    after the other."""
+
+    peers: Peers
+    split_backward: bool
+
+
 class Flow:
     """What the peers do in the current forward: whether the hidden state between cuts is divided along the sequence."""
 
@@ -28,7 +36,7 @@ class Flow:
         self, peers: Peers, may_divide: bool = False, random: bool = False, split_backward: bool = False
     ) -> None:
         self.peers, self.may_divide, self.divided = peers, may_divide, False
-        self.split_backward = split_backward  # a schedule computes weights' gradients apart, one after the other
+        self.split_backward = split_backward
         self.device = torch.device("cpu")
         self.stream = TensorStream(peers.rank) if random and peers.size > 1 else None
 
@@ -158,7 +166,7 @@ class CutBlock:
             args, kwargs = _replace(args, kwargs, self.hidden, self.flow.arrive)
         inner = self.compiled or super().forward  # type: ignore[misc]
         owners = self.partial + (self.partial_if_divided if self.flow.divided else [])
-        with _summed(owners, self.flow), self.flow.own_tokens():
+        with summed(owners, self.flow), self.flow.own_tokens():
             out = inner(*args, **kwargs)
         if not self.ends[1]:
             return out
@@ -187,7 +195,7 @@ def _replace(args: tuple, kwargs: dict, where: int | str, change: Any) -> tuple[
 
 
 @contextmanager
-def _summed(owners: list[tuple[nn.Module, str]], flow: Flow) -> Iterator[None]:
+def summed(owners: list[tuple[nn.Module, str]], flow: Sums) -> Iterator[None]:
     """Use these parameters as they are, with their gradients summed over the peers, if possible in one exchange."""
     found = [(owner, name, owner._parameters[name]) for owner, name in owners]
     used = [(owner, name, p) for owner, name, p in found if p is not None and p.requires_grad]

@@ -29,6 +29,9 @@ class Peers(Protocol):
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """Sum over the peers; each keeps its piece along ``dim``."""
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """(peers, \\*shape) to the same: row ``i`` goes to peer ``i``, and comes from it."""
+
     def all_max(self, x: Tensor) -> Tensor:
         """Maximum over the peers, as a new tensor."""
 
@@ -66,6 +69,11 @@ class ProcessPeers:
         _reduce_scatter(out, x, group=self.group)
         return out.movedim(0, dim).contiguous()  # as a person's view() expects
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=self.group)
+        return out
+
 
 class OnePeer:
     """No cut: what one rank exchanges with itself."""
@@ -82,6 +90,9 @@ class OnePeer:
         return x
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -122,6 +133,9 @@ class ThreadPeers:
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return self.all_reduce(x).chunk(self.size, dim)[self.rank].contiguous()
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return torch.stack([sent[self.rank] for sent in self._everyone(x)])
 
 
 class _Copy(torch.autograd.Function):
@@ -193,13 +207,33 @@ class _CopyAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, peers: Peers, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.peers = peers
+        ctx.set_materialize_grads(False)  # what was not used has no gradient, as on one rank
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        there = [grad for grad in grads if grad is not None]
+        if not there:
+            return None, *grads
+        flat = ctx.peers.all_reduce(torch.cat([grad.reshape(-1) for grad in there]))
+        pieces = iter(flat.split([grad.numel() for grad in there]))
+        return None, *(None if grad is None else next(pieces).view_as(grad) for grad in grads)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, give: int, take: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.peers, ctx.give, ctx.take = peers, give, take
+        parts = [torch.stack(x.chunk(peers.size, give)) for x in tensors]
+        flat = peers.all_to_all(torch.cat([part.flatten(1) for part in parts], 1))
+        pieces = flat.split([part[0].numel() for part in parts], 1)
+        return tuple(
+            torch.cat(piece.reshape(part.shape).unbind(), take) for piece, part in zip(pieces, parts, strict=True)
+        )
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        flat = ctx.peers.all_reduce(torch.cat([grad.reshape(-1) for grad in grads]))
-        pieces = flat.split([grad.numel() for grad in grads])
-        return None, *(piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True))
+        return None, None, None, *_Exchange.apply(ctx.peers, ctx.take, ctx.give, *grads)
 
 
 def copy(x: Tensor, peers: Peers) -> Tensor:
@@ -235,3 +269,9 @@ def split(x: Tensor, peers: Peers, dim: int) -> Tensor:
 def join(x: Tensor, peers: Peers, dim: int) -> Tensor:
     """Make a divided sequence whole, for what all peers then compute alike."""
     return _Join.apply(peers, x, dim)
+
+
+def exchange(tensors: list[Tensor], peers: Peers, give: int, take: int) -> tuple[Tensor, ...]:
+    """Give each peer its piece along ``give`` of tensors that are pieces along ``take``: they are then whole along
+    ``take``. One exchange for all of them; ``give`` and ``take`` count from the end."""
+    return _Exchange.apply(peers, give, take, *tensors)

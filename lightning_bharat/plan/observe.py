@@ -142,6 +142,14 @@ def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Obs
     Raises:
         PlanError: the step fails on fake tensors, or its blocks do not run.
     """
+    whole, short = observe_twice(module, step, batch, multiple)
+    return short if short is not None and short.program == whole.program else whole
+
+
+def observe_twice(
+    module: nn.Module, step: Step, batch: Any, multiple: int = 1
+) -> tuple[Observation, Observation | None]:
+    """As :func:`observe`: what was seen with the batch, and with the short one if the step takes it."""
     names = block_names(module)
     kinds = kinds_of([module.get_submodule(name) for name in names])
     try:
@@ -157,9 +165,9 @@ def observe(module: nn.Module, step: Step, batch: Any, multiple: int = 1) -> Obs
     try:
         short = _observe(module, step, _shorten(batch, multiple), names, kinds)
     except Exception:  # a fixed length is needed
-        return whole
+        return whole, None
     short.costs = whole.costs  # attention's grow with the square of the time
-    return short if short.program == whole.program else whole
+    return whole, short
 
 
 def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], kinds: tuple[str, ...]) -> Observation:

@@ -26,6 +26,7 @@ from lightning_bharat.plan.cut_modules import Flow
 from lightning_bharat.plan.exchange import Peers, Table, ThreadPeers
 from lightning_bharat.plan.model_plan import Cut
 from lightning_bharat.plan.observe import Call, Observation
+from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.plan.slicing import Slicer
 
 TOLERANCE = 1e-9  # relative to the largest value; float64 rounding of a block is below 1e-12
@@ -68,6 +69,7 @@ class Sample:
     def __init__(self, seen: Observation, module: nn.Module, kind: str) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden = seen.hidden
+        self.slices: dict[str, TensorSlice] = {}
         self.block = _real_block(module.get_submodule(seen.names[seen.kinds.index(kind)]), generator)
         self.call = _real_call(seen.calls[kind], generator)
         self.seeds: list[Tensor] = []
@@ -83,11 +85,15 @@ class Sample:
 
     def prove(self, cuts: Sequence[Cut], ranks: int, summed: Sequence[str] = (), divided: bool = False) -> Verdict:
         """Compare the cut block on ``ranks`` threads with the whole one."""
+        return self.prove_made(ranks, lambda peers: self._cut(cuts, peers, summed, divided))
+
+    def prove_made(self, ranks: int, make: Callable[[Peers], nn.Module]) -> Verdict:
+        """As :meth:`prove`, for the block that ``make`` cuts for one of the peers."""
         table = Table(ranks, PATIENCE)
         blocks = []
         for rank in range(ranks):
             try:
-                blocks.append(self._cut(cuts, ThreadPeers(table, rank), summed, divided))
+                blocks.append(make(ThreadPeers(table, rank)))
             except Exception as error:  # a setting that cannot be divided, a shape that does not fit
                 return Verdict(f"{type(error).__name__}: {error}")
         errors: list[BaseException] = []
@@ -139,7 +145,7 @@ class Sample:
         """A pass in training mode with its dropout off, and the buffers after it; they are put back."""
         before = {name: buffer.clone() for name, buffer in block.named_buffers()}
         block.train()
-        with _NoDropout():
+        with NoDropout():
             training = self._pass(block, self.differentiates_training)
         block.eval()  # in training mode, to look at a weight may change it (spectral_norm)
         after = {name: buffer.clone() for name, buffer in block.named_buffers()}
@@ -235,7 +241,7 @@ def _distance(x: Tensor | None, whole: Tensor, floor: float = 0.0) -> float:
     return distance if distance == distance else float("inf")
 
 
-class _NoDropout(TorchFunctionMode):
+class NoDropout(TorchFunctionMode):
     """Training mode without its dice: dropout passes its input on."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -277,9 +283,20 @@ def _real(x: Tensor, generator: torch.Generator) -> Tensor:
     if x.is_floating_point():
         return torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_(x.requires_grad)
     if x.dtype == torch.bool:
-        return torch.ones(x.shape, dtype=torch.bool)
+        return _mask(x.shape)
     time = x.shape[-1] if x.ndim else 1
     return torch.arange(time, dtype=x.dtype).expand(x.shape).clone() if x.ndim else torch.zeros((), dtype=x.dtype)
+
+
+def _mask(shape: torch.Size) -> Tensor:
+    """Causal where it is square, else without the last ones; never without any."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    if mask.ndim < 2:
+        return mask
+    if shape[-1] == shape[-2]:
+        return mask.tril()
+    mask[..., 1 + shape[-1] // 2 :] = False
+    return mask
 
 
 def _real_call(call: Call, generator: torch.Generator) -> Call:

@@ -244,6 +244,11 @@ def is_recomputed() -> bool:
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def innermost_function_mode() -> TorchFunctionMode | None:
     """The ``TorchFunctionMode`` that sees a function first; ``None`` outside of all."""
     return _get_current_function_mode()

@@ -124,12 +124,26 @@ def check(arguments: Mapping[str, Any]) -> None:
         fits, wanted = RULES[name]
         if not fits(value):
             raise ValueError(f"{name}={_wrong_part(value)!r}: write {wanted}")
-    for name in ("context_parallel_size", "expert_parallel_size"):
-        if arguments[name] != 1:
-            raise ValueError(
-                f"{name}={arguments[name]!r}: this version cuts over data, tensor and pipeline ranks only; "
-                f"leave {name} out"
-            )
+    if arguments["expert_parallel_size"] != 1:
+        raise ValueError(
+            f"expert_parallel_size={arguments['expert_parallel_size']!r}: this version cuts over data, tensor, context "
+            "and pipeline ranks only; leave expert_parallel_size out"
+        )
+    _check_context(arguments)
+
+
+def _check_context(arguments: Mapping[str, Any]) -> None:
+    size = arguments["context_parallel_size"]
+    if size > 1 and arguments["sequence_parallel"] is True:
+        raise ValueError(
+            f"context_parallel_size={size} with sequence_parallel=True: context ranks divide the sequence in blocks, "
+            'and tensor ranks do not divide it again; leave sequence_parallel at "auto"'
+        )
+    if size > 1 and arguments["compile"] is not False:
+        raise ValueError(
+            f"context_parallel_size={size} with compile={arguments['compile']!r}: compiled blocks can't exchange parts "
+            "of a sequence in this version; leave compile out"
+        )
 
 
 def known_arguments(init: _Init) -> _Init:

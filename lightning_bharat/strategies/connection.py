@@ -31,6 +31,7 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         self._mesh: DeviceMesh | None = None
         self._data_group: dist.ProcessGroup | None = None
         self._tensor_group: dist.ProcessGroup | None = None
+        self._context_group: dist.ProcessGroup | None = None
 
     @property
     def is_distributed(self) -> bool:
@@ -68,13 +69,19 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         return self._tensor_group if self.layout.tensor > 1 else None
 
     @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same batch and other parts of its sequence, in order; ``None`` if this is the only
+        one."""
+        return self._context_group
+
+    @property
     def pipeline_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same batch and other blocks, in order; ``None`` if this is the only one."""
         return self.device_mesh.get_group("pipeline_parallel") if self.layout.pipeline > 1 else None
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Data is divided over data ranks alone: tensor peers load the same batches."""
+        """Data is divided over data ranks alone: tensor and context peers load the same batches."""
         here = self.layout.coordinates(self.global_rank)
         return {"num_replicas": self.layout.data, "rank": here["data"]}
 
@@ -113,6 +120,8 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
             # Kept: each step asks for them, once a parameter, and a mesh looks them up by name.
             self._data_group = self._mesh.get_group("data_parallel")
             self._tensor_group = self._mesh.get_group("tensor_parallel")
+            if self._layout.context > 1:
+                self._context_group = self._mesh.get_group("context_parallel")
 
     def _say_across_hosts(self, tensor: int) -> None:
         if self.num_nodes > 1 and self.num_processes % tensor:

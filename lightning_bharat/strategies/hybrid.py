@@ -55,7 +55,9 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         data_parallel_size: ``"auto"`` takes all ranks that the other sizes leave.
         tensor_parallel_size: neighbours on a host. ``"auto"`` is 1 as long as the model fits.
         pipeline_parallel_size: stages of consecutive blocks, each on other ranks. ``"auto"`` is 1.
-        context_parallel_size, expert_parallel_size: 1 in this version.
+        context_parallel_size: ranks that hold parts of the sequence of the same batches, in blocks; the rest of the
+            model is whole on each.
+        expert_parallel_size: 1 in this version.
         replicate_size: copies of the divided parameters among the data ranks (hybrid sharding); divides the data size.
         num_microbatches: parts of a batch that follow one another through a pipeline. ``None``: twice the stages, or
             the largest number below that divides the batch.
@@ -160,8 +162,9 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         plugin.backward_ended = self._prepared.after_backward
         if self.world_size > 1 and hooks_see_gradients(trainer, module):  # the look at each function takes time
             plugin.in_hooks = self._whole_norms
-        if self.tensor_group is not None:
-            agree_on_random_numbers(self.tensor_group, self.root_device)
+        for group in (self.tensor_group, self.context_group):
+            if group is not None:
+                agree_on_random_numbers(group, self.root_device)
         _lightning.count_by_data_ranks(trainer, self.layout.data)
         self._tokens = TokenWeights(self.data_group) if self.options.token_weighted else None
         self.barrier()

@@ -99,21 +99,23 @@ class TogetherLoaders(_Base):
         rank_zero_warn(f"{found}: all ranks stop after {batches[least]}, and the other batches are left out")
 
     def compare_batches(self, batch: Any, number: int, name: str) -> None:
-        """Refuse a batch that is another one than on this rank's tensor peers. All ranks must call it.
+        """Refuse a batch that is another one than on this rank's tensor and context peers. All ranks must call it.
 
         Raises:
-            LoaderError: on all tensor ranks of this data rank.
+            LoaderError: on all of these ranks.
         """
-        if self.tensor_group is None:
-            return
-        mine = _digest(batch)
+        sharing = {"tensor": self.tensor_group, "context": self.context_group}
+        groups = {axis: group for axis, group in sharing.items() if group is not None}
+        mine = _digest(batch) if groups else 0
         pair = torch.tensor([mine, -mine], device=self.root_device)
-        dist.all_reduce(pair, dist.ReduceOp.MAX, group=self.tensor_group)
+        for group in groups.values():
+            dist.all_reduce(pair, dist.ReduceOp.MAX, group=group)
         if pair[0] == -pair[1]:
             return
         here = self.layout.coordinates(self.global_rank)["data"]
+        peers = " × ".join(f"{getattr(self.layout, axis)} {axis}" for axis in groups)
         raise LoaderError(
-            f"batch {number} of {name} is not the same on the {self.layout.tensor} tensor ranks of data rank {here}, "
+            f"batch {number} of {name} is not the same on the {peers} ranks of data rank {here}, "
             "which work on one batch together. A sampler or dataset that is divided among ranks must be divided among "
             "data ranks: use trainer.distributed_sampler_kwargs (num_replicas and rank) and not trainer.world_size and "
             "trainer.global_rank; random numbers of its own must be seeded alike"

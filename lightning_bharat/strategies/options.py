@@ -69,6 +69,13 @@ class Options:
             )
         devices //= pipeline
         those = f"{devices} devices" + (f" of each of the {pipeline} pipeline stages" if pipeline > 1 else "")
+        context = self.context_parallel_size
+        if devices % context:
+            raise LayoutError(
+                f"context_parallel_size={context} does not divide the {those}; sizes that do: {_divisors(devices)}"
+            )
+        devices //= context
+        those = f"{devices} groups of {context} context ranks of the {those}" if context > 1 else those
         tensor = self.tensor_parallel_size
         if tensor == "auto":
             tensor, choices["tensor_parallel_size"] = self._auto_tensor(devices, those, devices_on_host, module, device)
@@ -82,14 +89,14 @@ class Options:
         if data * tensor != devices:
             raise LayoutError(
                 f"data_parallel_size={data} × tensor_parallel_size={tensor} = {data * tensor} ranks, and there are "
-                f'{those}; write data_parallel_size="auto" or devices={data * tensor * pipeline}'
+                f'{those}; write data_parallel_size="auto" or devices={data * tensor * pipeline * context}'
             )
         if data % self.replicate_size:
             raise LayoutError(
                 f"replicate_size={self.replicate_size} does not divide the {data} data ranks; "
                 f"sizes that do: {_divisors(data)}"
             )
-        return Layout(data=data, tensor=tensor, pipeline=pipeline, replicate=self.replicate_size)
+        return Layout(data=data, tensor=tensor, pipeline=pipeline, context=context, replicate=self.replicate_size)
 
     def _auto_tensor(
         self, devices: int, those: str, devices_on_host: int, module: nn.Module, device: torch.device

@@ -24,6 +24,7 @@ _NOTHING: dict[str, tuple] = {
     "reshard_after_forward": (None,),
     "replicate_size": (1,),
     "pipeline_parallel_size": ("auto", 1),
+    "context_parallel_size": (1,),
     "sequence_parallel": ("auto", False),
     "loss_parallel": ("auto", False),
 }

@@ -112,6 +112,8 @@ def used(strategy: HybridStrategy, plan: ModelPlan, what: str) -> bool:
         PlanError: it is asked for, and not proven.
     """
     asked, problem = getattr(strategy.options, f"{what}_parallel"), getattr(plan, what)
+    if what == "sequence" and strategy.layout.context > 1:
+        problem = "context ranks divide the sequence"
     if asked is True and problem:
         raise PlanError(
             f'{what}_parallel=True: not proven right for this model: {problem}; write {what}_parallel="auto"'

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_bharat.plan.blocks import find_units
+from lightning_bharat.plan.cut_context import ContextFlow
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import _lightning, planning
+from lightning_bharat.strategies import _lightning, context, planning
 from lightning_bharat.strategies._torch import set_timeout
 from lightning_bharat.strategies.agreement import agree_on_weights
 from lightning_bharat.strategies.batch_norm import normalize_over_ranks
@@ -56,6 +57,7 @@ class Preparation:
         self.slices: dict[str, TensorSlice] = {}
         self.held: dict[str, set[int]] = {}
         self._shards: DataShards | None = None
+        self._sequence: ContextFlow | None = None
         strategy.model = strategy.precision_plugin.convert_module(module)
         if is_cut(module):
             self._take_as_it_is()
@@ -73,21 +75,24 @@ class Preparation:
         units = find_units(module)
         self._blocks = len(units)  # of all stages: each rank says the same
         divided = layout.data > 1 or options.offload
-        if divided or layout.tensor > 1:
+        if divided or layout.tensor > 1 or layout.context > 1:
             refuse_module(module, units, divided)
         start = Initializer(module, options.weights)
         agreed = agree_on_weights(module, device, start.given)
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
+        sequence_cut = context.find_for(strategy, trainer, module) if layout.context > 1 else None
         stages = strategy.stage_blocks(self.plan)
+        split = layout.pipeline > 1 and KINDS[options.schedule].split_backward
         _lightning.show_whole_summary(trainer, module)
         if layout.tensor > 1:
             sequence, loss = (planning.used(strategy, self.plan, name) for name in ("sequence", "loss"))
             assert strategy.tensor_group is not None
-            split = layout.pipeline > 1 and KINDS[options.schedule].split_backward
             self.slices = cut_module(
                 module, self.plan, strategy.tensor_group, sequence, loss, stages=stages, split_backward=split
             )
+        if sequence_cut:
+            self._sequence = context.carry_out(strategy, module, sequence_cut, stages, split)
         if layout.data > 1 and (count := normalize_over_ranks(module, strategy.data_group)):
             choices["batch norm"] = f"statistics over the rows of all data ranks, in {count} modules"
         if layout.pipeline > 1:
@@ -130,8 +135,8 @@ class Preparation:
         strategy, layout = self.strategy, self.strategy.layout
         mesh = strategy.device_mesh["data_parallel"]
         if layout.replicate > 1:
-            shape = (layout.replicate, layout.data // layout.replicate, layout.tensor)
-            names = ("replicate", "shard", "tensor_parallel")
+            shape = (layout.replicate, layout.data // layout.replicate, layout.context * layout.tensor)
+            names = ("replicate", "shard", "same_batch")
             every = init_device_mesh(strategy.root_device.type, shape, mesh_dim_names=names)
             set_timeout(every, strategy.options.timeout)
             mesh = every["replicate", "shard"]
@@ -183,7 +188,10 @@ class Preparation:
 
     def step(self, run: Callable[[], Any], backward: bool) -> Any:
         """Call ``run``, a step of the module, with whole weights."""
-        return self._shards.step(run, backward) if self._shards else run()
+        out = self._shards.step(run, backward) if self._shards else run()
+        if self._sequence:
+            self._sequence.ended()
+        return out
 
     def scheduled(self, run: Callable[[], float]) -> None:
         """Call ``run``, all forward and backward passes of a step, and multiply the gradients by what it returns."""

@@ -28,7 +28,7 @@ GOOD: dict[str, tuple] = {
     "data_parallel_size": ("auto", 1, 2),
     "tensor_parallel_size": ("auto", 1, 2),
     "pipeline_parallel_size": ("auto", 1, 2),
-    "context_parallel_size": (1,),
+    "context_parallel_size": (1, 2),
     "expert_parallel_size": (1,),
     "replicate_size": (1, 2),
     "num_microbatches": (None, 1, 2),

@@ -466,6 +466,17 @@ def recomputation_is_seen() -> None:
     assert names[0].startswith("_checkpoint_hook."), names
 
 
+@relied_on("_current_graph_task_id")
+def a_backward_pass_is_seen() -> None:
+    """-1 outside of backward passes, another number in them."""
+    seen: list[int] = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    assert torch._C._current_graph_task_id() == -1
+    x.sum().backward()
+    assert seen[0] >= 0
+
+
 @relied_on("_get_current_function_mode", "_pop_mode_temporarily")
 def function_modes_are_a_stack() -> None:
     """The innermost mode is known, and sees nothing until it is pushed again."""
