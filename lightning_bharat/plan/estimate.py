@@ -158,12 +158,18 @@ class Estimate:
     def bytes(self, setting: Setting) -> Bytes:
         """On the fullest rank."""
         return max(
-            (self._on_rank(setting, rank) for rank in range(setting.layout.pipeline)), key=lambda bytes: bytes.total
+            (self.on_rank(setting, rank) for rank in range(setting.layout.pipeline)), key=lambda bytes: bytes.total
         )
 
-    def _on_rank(self, setting: Setting, rank: int) -> Bytes:
+    def static(self, setting: Setting, rank: int) -> Memory:
+        """What a rank of the pipeline holds between steps, on whatever memory."""
+        layout = setting.layout
+        return self._static(layout.data // layout.replicate, layout.pipeline, setting.schedule, rank)
+
+    def on_rank(self, setting: Setting, rank: int) -> Bytes:
+        """On a rank of the pipeline."""
         layout, schedule = setting.layout, setting.schedule
-        static = self._static(layout.data // layout.replicate, layout.pipeline, schedule, rank)
+        static = self.static(setting, rank)
         mine = [
             self._stages_of(layout.pipeline * schedule.each, setting.rows, layout.tensor, setting.recompute)[i]
             for i in schedule.stages_of(rank, layout.pipeline)
@@ -275,9 +281,8 @@ class Estimate:
     def _host(self, setting: Setting, rank: int) -> float:
         """Seconds of weights to the device and gradients back, and of the optimizer's step in the host's memory."""
         assert self.cluster.host is not None
-        layout = setting.layout
-        static = self._static(layout.data // layout.replicate, layout.pipeline, setting.schedule, rank)
-        gathers = 1 if layout.pipeline > 1 else 2 * setting.microbatches
+        static = self.static(setting, rank)
+        gathers = 1 if setting.layout.pipeline > 1 else 2 * setting.microbatches
         moved = gathers * static.parameters + static.gradients
         return (moved + static.parameters + static.gradients + static.optimizer) / self.cluster.host.bandwidth
 
