@@ -17,6 +17,7 @@ def sized_strategy(cli: InspectionCLI, layout: Layout) -> HybridStrategy:
         "tensor_parallel_size": layout.tensor,
         "pipeline_parallel_size": layout.pipeline,
         "context_parallel_size": layout.context,
+        "expert_parallel_size": layout.expert,
         "replicate_size": layout.replicate,
     }
     return HybridStrategy(**{**options, **sizes, "compile": False})

@@ -1,6 +1,9 @@
-"""A decoder of today, dense: rotary positions, RMS norms, SwiGLU, grouped-query attention. It reads from top to bottom.
+"""A decoder of today, dense or with experts: rotary positions, RMS norms, SwiGLU, grouped-query attention.
 
-It computes what Hugging Face's Llama computes, under the same names, so weights of that family load as they are.
+It reads from top to bottom.
+
+It computes what Hugging Face's Llama computes (with experts: Mixtral), under the same names, so weights of these
+families load as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_bharat.models.moe import SCORES, MixtureOfExperts
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -32,9 +37,23 @@ class GPTConfig:
         initializer_range: standard deviation of the first weights; divided by √(2 · blocks) where a block adds to the
             residual stream, which then starts with the same variance at any depth (GPT-2, section 2.3).
         tie_word_embeddings: the head is the embedding, transposed.
+        num_experts: feed-forwards of a block, of which each token goes through some; one that all go through if None.
+            What follows is about them.
+        num_experts_per_tok: how many a token goes through.
+        num_shared_experts: more experts, which all tokens go through.
+        moe_intermediate_size: width inside an expert; as inside a feed-forward if None.
+        scoring_func: "softmax" over all experts' scores (Mixtral), or "sigmoid" of each (DeepSeek-V3).
+        norm_topk_prob: the weights of a token's experts add up to 1.
+        routed_scaling_factor: the weights are multiplied by it.
+        n_group: experts stand in so many groups...
+        topk_group: ...and a token's are all in so many of them.
+        router_aux_loss_coef: times :func:`~lightning_bharat.models.moe.balance_loss` is added to the loss; nothing if
+            None.
+        bias_update_speed: step of the biases that balance experts without a loss, 0.001 in DeepSeek-V3; no biases if
+            None.
 
     Raises:
-        ValueError: a size isn't positive, or does not divide as it must.
+        ValueError: a size isn't positive, or does not divide as it must, or ``scoring_func`` is unknown.
     """
 
     vocab_size: int = 32_000
@@ -48,10 +67,21 @@ class GPTConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    num_shared_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    router_aux_loss_coef: float | None = None
+    bias_update_speed: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool) and value <= 0:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
                 raise ValueError(f"{name}={value} must be positive")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
@@ -65,6 +95,27 @@ class GPTConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} is odd; rotary positions turn pairs, so write an even number")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.scoring_func not in SCORES:
+            raise ValueError(f"scoring_func={self.scoring_func!r} is unknown; write {' or '.join(map(repr, SCORES))}")
+        if self.num_experts is None:
+            for name in ("num_shared_experts", "moe_intermediate_size", "router_aux_loss_coef", "bias_update_speed"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} is about experts; write num_experts as well")
+            return
+        if self.num_experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group} must divide num_experts={self.num_experts}, and be at least "
+                f"topk_group={self.topk_group}"
+            )
+        allowed = self.num_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > allowed:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {allowed} experts that a token may "
+                "choose from; write fewer"
+            )
 
     @property
     def head_size(self) -> int:
@@ -81,11 +132,21 @@ class GPTConfig:
         """Width inside a feed-forward."""
         return self.intermediate_size or -(-8 * self.hidden_size // (3 * 32)) * 32
 
+    @property
+    def expert_size(self) -> int:
+        """Width inside an expert."""
+        return self.moe_intermediate_size or self.inner_size
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of the first weights of what is added to the residual stream."""
+        return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
 
 class GPT(nn.Module):
     """Token ids (batch, time) to logits (batch, time, vocabulary) of the next token.
 
-    Every leaf has its own ``reset_parameters``, and there is no buffer: the module can be built on ``meta`` and
+    Every leaf has its own ``reset_parameters``, which sets its buffers too: the module can be built on ``meta`` and
     started leaf by leaf.
     """
 
@@ -171,7 +232,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = MixtureOfExperts(config, _shared(config)) if config.num_experts else FeedForward(config)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
@@ -191,7 +252,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, std)
         self.k_proj = Linear(width, config.kv_heads * self.head_dim, std)
         self.v_proj = Linear(width, config.kv_heads * self.head_dim, std)
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, residual_std(config))
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, config.residual_std)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -203,17 +264,23 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202), ``inner`` wide: as the config says if None."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, inner: int | None = None) -> None:
         super().__init__()
-        width, inner, std = config.hidden_size, config.inner_size, config.initializer_range
+        width, inner, std = config.hidden_size, inner or config.inner_size, config.initializer_range
         self.gate_proj = Linear(width, inner, std)
         self.up_proj = Linear(width, inner, std)
-        self.down_proj = Linear(inner, width, residual_std(config))
+        self.down_proj = Linear(inner, width, config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _shared(config: GPTConfig) -> FeedForward | None:
+    """All shared experts, as one feed-forward."""
+    shared = config.num_shared_experts
+    return FeedForward(config, shared * config.expert_size) if shared else None
 
 
 class Linear(nn.Linear):
@@ -270,11 +337,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     past = torch.ones(time, seen, dtype=torch.bool, device=q.device).tril(seen - time)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=True)
-
-
-def residual_std(config: GPTConfig) -> float:
-    """Start of what is added to the residual stream: see :class:`GPTConfig`."""
-    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

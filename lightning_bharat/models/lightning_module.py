@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from lightning_bharat.checkpoints import CheckpointError, load_weights
 from lightning_bharat.models.gpt import GPT, GPTConfig
+from lightning_bharat.models.moe import MixtureOfExperts, Router, Spread, balance_loss
 from lightning_bharat.models.weights import Weights, read_weights, under
 
 Batch = dict[str, Tensor]
@@ -118,7 +119,38 @@ class GPTModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True)
-        return loss
+        return loss if self.config.router_aux_loss_coef is None else loss + self._balance_loss()
+
+    def _balance_loss(self) -> Tensor:
+        assert self.config.router_aux_loss_coef is not None
+        routed = [router.routed for router in self._routers() if router.routed is not None]
+        loss = balance_loss(routed, self.trainer.strategy.reduce)
+        self.log("balance_loss", loss)
+        return self.config.router_aux_loss_coef * loss
+
+    def on_train_start(self) -> None:
+        self._balanced_at = self.trainer.global_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.config.num_experts and self.trainer.global_step > self._balanced_at:
+            self._balanced_at = self.trainer.global_step
+            self._balance()
+
+    def _balance(self) -> None:
+        """Log how tokens were spread since the last optimizer step, on all ranks, and move the biases by it."""
+        routers = self._routers()
+        empty = torch.zeros(routers[0].num_experts + 2, dtype=torch.float64, device=self.device)
+        taken = [router.take() for router in routers]  # nothing of another pipeline stage's
+        seen = self.trainer.strategy.reduce(torch.stack([empty if t is None else t for t in taken]))
+        spread = Spread.of(seen, self.config.num_experts_per_tok)
+        self.log("expert_imbalance", spread.imbalance)
+        self.log("dropped_choices", spread.dropped)
+        self.log("router_entropy", spread.entropy)
+        for router, load in zip(routers, seen[:, :-2], strict=True):
+            router.balance(load)
+
+    def _routers(self) -> list[Router]:
+        return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True)

@@ -142,6 +142,16 @@ class Layout:
             mesh_dim_names=tuple(f"{axis}_parallel" for axis in kept),
         )
 
+    def expert_mesh(self, device_type: str) -> DeviceMesh:
+        """All ranks again, with the data ranks as ``"expert_copies"`` × ``"expert_parallel"``: expert ranks are
+        neighbours. Every rank must call it."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        outer, inner = self.pipeline, self.context * self.tensor
+        sizes = {"outer": outer, "expert_copies": self.data // self.expert, "expert_parallel": self.expert}
+        sizes["inner"] = inner
+        return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
     def check(self, plan: ModelPlan, devices: int | None = None) -> None:
         """Refuse a layout that does not fit the number of devices or the model.
 

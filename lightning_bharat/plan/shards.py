@@ -8,7 +8,7 @@ through this one description.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,17 +17,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """What one tensor rank holds of a parameter.
+    """What one tensor rank (or expert rank) holds of a parameter.
 
     Along ``dim`` the whole parameter consists of ``parts`` (their sizes, in order: one for a plain linear, three for a
     fused query-key-value). Each part is divided into ``ranks`` equal pieces; rank ``rank`` holds its piece of every
-    part, one after the other.
+    part, one after the other. ``group`` are the ranks that hold the other slices; ``None``: the tensor ranks.
     """
 
     dim: int
     parts: tuple[int, ...]
     ranks: int
     rank: int
+    group: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
 
     def ranges(self) -> Iterator[tuple[int, int, int]]:
         """Yield (start in the whole, start in the slice, length) along ``dim``."""
@@ -117,10 +118,11 @@ def fill(tensor: Tensor, cut: TensorSlice | None, whole: Tensor) -> None:
 
 @torch.no_grad()
 def gather(tensor: Tensor, cut: TensorSlice | None, tensor_group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """The whole parameter on every rank. All ranks of the data mesh and of ``tensor_group`` must call it."""
+    """The whole parameter on every rank. All ranks of the data mesh and of ``tensor_group`` (or the group that ``cut``
+    names) must call it."""
     local = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
     if cut is None:
         return local
     slices = [torch.empty_like(local) for _ in range(cut.ranks)]
-    torch.distributed.all_gather(slices, local.contiguous(), group=tensor_group)
+    torch.distributed.all_gather(slices, local.contiguous(), group=cut.group or tensor_group)
     return cut.join(slices)

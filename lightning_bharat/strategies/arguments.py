@@ -124,11 +124,6 @@ def check(arguments: Mapping[str, Any]) -> None:
         fits, wanted = RULES[name]
         if not fits(value):
             raise ValueError(f"{name}={_wrong_part(value)!r}: write {wanted}")
-    if arguments["expert_parallel_size"] != 1:
-        raise ValueError(
-            f"expert_parallel_size={arguments['expert_parallel_size']!r}: this version cuts over data, tensor, context "
-            "and pipeline ranks only; leave expert_parallel_size out"
-        )
     _check_context(arguments)
 
 

@@ -32,6 +32,7 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         self._data_group: dist.ProcessGroup | None = None
         self._tensor_group: dist.ProcessGroup | None = None
         self._context_group: dist.ProcessGroup | None = None
+        self._expert_mesh: DeviceMesh | None = None
 
     @property
     def is_distributed(self) -> bool:
@@ -73,6 +74,19 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
         """The ranks that hold the same batch and other parts of its sequence, in order; ``None`` if this is the only
         one."""
         return self._context_group
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """All ranks, with the axes ``"expert_copies"`` and ``"expert_parallel"`` in the place of the data ranks'."""
+        return _known(self._expert_mesh, "mesh of expert ranks")
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """The data ranks that hold other experts: the data group itself if it has no others. (Groups are brought into
+        one order by their members, so there must be one of these.)"""
+        if self.layout.expert == self.layout.data:
+            return self.data_group
+        return self.expert_mesh.get_group("expert_parallel")
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup | None:
@@ -122,6 +136,9 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
             self._tensor_group = self._mesh.get_group("tensor_parallel")
             if self._layout.context > 1:
                 self._context_group = self._mesh.get_group("context_parallel")
+            if self._layout.expert > 1:
+                self._expert_mesh = self._layout.expert_mesh(self.root_device.type)
+                set_timeout(self._expert_mesh, self.options.timeout)
 
     def _say_across_hosts(self, tensor: int) -> None:
         if self.num_nodes > 1 and self.num_processes % tensor:

@@ -6,7 +6,7 @@ Between steps every parameter is a ``DTensor`` of which a rank holds its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,8 @@ class DataShards:
         reshard: free a unit's weights between its forward and its backward (``None``: yes), or an ``int``: divide them
             over that many ranks only, as in ``fully_shard``.
         offload: keep parameters, gradients and optimizer states in the host's memory.
+        experts: names of the modules that hold a rank's experts, which are divided over the ranks with the same ones.
+        copies: these ranks.
 
     Attributes:
         parameters: divided, as optimizers know them; those of the module may be whole.
@@ -39,7 +41,14 @@ class DataShards:
     parameters: list[nn.Parameter]
 
     def __init__(
-        self, module: nn.Module, mesh: DeviceMesh, units: list[str], reshard: bool | int | None, offload: bool
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        units: list[str],
+        reshard: bool | int | None,
+        offload: bool,
+        experts: Iterable[str] = (),
+        copies: DeviceMesh | None = None,
     ) -> None:
         self.module, self.units = module, units
         for parameter in module.parameters():
@@ -52,6 +61,10 @@ class DataShards:
             keep["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         else:
             keep["offload_policy"] = OffloadPolicy()
+        for name in experts:
+            part: Any = module.get_submodule(name)
+            if not all(map(is_elsewhere, part.parameters())):
+                fully_shard(part, reshard_after_forward=reshard is not False, **{**keep, "mesh": copies})
         for name in units:
             unit = module.get_submodule(name)
             if not isinstance(unit, FSDPModule):  # one module may stand in a list twice

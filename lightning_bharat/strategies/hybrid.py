@@ -57,7 +57,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         pipeline_parallel_size: stages of consecutive blocks, each on other ranks. ``"auto"`` is 1.
         context_parallel_size: ranks that hold parts of the sequence of the same batches, in blocks; the rest of the
             model is whole on each.
-        expert_parallel_size: 1 in this version.
+        expert_parallel_size: ranks over which experts are spread, taken out of the data ranks, which it divides.
         replicate_size: copies of the divided parameters among the data ranks (hybrid sharding); divides the data size.
         num_microbatches: parts of a batch that follow one another through a pipeline. ``None``: twice the stages, or
             the largest number below that divides the batch.
@@ -344,8 +344,9 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         return WholeNorms(self._prepared.parameters, self._groups_of, in_step, refuse=self.layout.pipeline > 1)
 
     def _groups_of(self, parameter: Tensor) -> list[dist.ProcessGroup]:
-        cut = self._prepared is not None and id(parameter) in self._prepared.cut
-        return [self.tensor_group] if cut and self.tensor_group is not None else []
+        cut = self._prepared.cut.get(id(parameter)) if self._prepared is not None else None
+        group = cut and (cut.group or self.tensor_group)
+        return [group] if group else []
 
     # ---- words, and the end
 

@@ -96,7 +96,23 @@ class Options:
                 f"replicate_size={self.replicate_size} does not divide the {data} data ranks; "
                 f"sizes that do: {_divisors(data)}"
             )
-        return Layout(data=data, tensor=tensor, pipeline=pipeline, context=context, replicate=self.replicate_size)
+        expert = self.expert_parallel_size
+        if data % expert:
+            raise LayoutError(
+                f"expert_parallel_size={expert} does not divide the {data} data ranks, over which experts are spread; "
+                f"sizes that do: {_divisors(data)}"
+            )
+        if expert > 1 and self.replicate_size > 1:
+            raise LayoutError(
+                f"expert_parallel_size={expert} with replicate_size={self.replicate_size}: experts are divided over "
+                "all data ranks; write replicate_size=1"
+            )
+        if expert > 1 and context > 1:
+            raise LayoutError(
+                f"expert_parallel_size={expert} with context_parallel_size={context}: context ranks sum gradients of a "
+                "whole block, from which experts are divided apart; write 1 for one of them in this version"
+            )
+        return Layout(data, tensor, pipeline, context, expert, self.replicate_size)
 
     def _auto_tensor(
         self, devices: int, those: str, devices_on_host: int, module: nn.Module, device: torch.device

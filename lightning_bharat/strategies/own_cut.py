@@ -25,6 +25,7 @@ _NOTHING: dict[str, tuple] = {
     "replicate_size": (1,),
     "pipeline_parallel_size": ("auto", 1),
     "context_parallel_size": (1,),
+    "expert_parallel_size": (1,),
     "sequence_parallel": ("auto", False),
     "loss_parallel": ("auto", False),
 }

@@ -114,6 +114,8 @@ def used(strategy: HybridStrategy, plan: ModelPlan, what: str) -> bool:
     asked, problem = getattr(strategy.options, f"{what}_parallel"), getattr(plan, what)
     if what == "sequence" and strategy.layout.context > 1:
         problem = "context ranks divide the sequence"
+    if what == "sequence" and strategy.layout.expert > 1:
+        problem = problem or "tensor peers would sum gradients of experts, which are divided apart from their block"
     if asked is True and problem:
         raise PlanError(
             f'{what}_parallel=True: not proven right for this model: {problem}; write {what}_parallel="auto"'

@@ -27,6 +27,7 @@ from lightning_bharat.strategies.batch_norm import normalize_over_ranks
 from lightning_bharat.strategies.buffers import compare_buffers
 from lightning_bharat.strategies.compiled import compile_arguments, compile_block
 from lightning_bharat.strategies.data import DataShards
+from lightning_bharat.strategies.expert import spread_experts
 from lightning_bharat.strategies.explained import explained
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.own_cut import is_cut, refuse_undone
@@ -48,7 +49,7 @@ class Preparation:
         plan: where the module can be cut. ``None`` for a module that its own ``configure_model`` has cut.
         slices: by full name, which part of a parameter this tensor rank holds.
         held: by full name, the pipeline stages that hold a parameter.
-        cut: ids of the parameters that are such parts.
+        cut: the same by ids of parameters.
     """
 
     def __init__(self, strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -58,6 +59,7 @@ class Preparation:
         self.held: dict[str, set[int]] = {}
         self._shards: DataShards | None = None
         self._sequence: ContextFlow | None = None
+        self._experts: list[str] = []
         strategy.model = strategy.precision_plugin.convert_module(module)
         if is_cut(module):
             self._take_as_it_is()
@@ -66,7 +68,8 @@ class Preparation:
             for name, words in explained(strategy.options, strategy.layout, str(strategy.precision_plugin.precision)):
                 strategy.choices.setdefault(name, words)
         self._synchronize_metrics()
-        self.cut = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in self.slices}
+        named = module.named_parameters(remove_duplicate=False)
+        self.cut = {id(p): self.slices[name] for name, p in named if name in self.slices}
 
     def _cut(self, trainer: pl.Trainer) -> None:
         strategy, module, options, layout = self.strategy, self.module, self.strategy.options, self.strategy.layout
@@ -93,6 +96,9 @@ class Preparation:
             )
         if sequence_cut:
             self._sequence = context.carry_out(strategy, module, sequence_cut, stages, split)
+        if layout.expert > 1:
+            self._experts, slices = spread_experts(strategy, module, self.plan)
+            self.slices |= slices
         if layout.data > 1 and (count := normalize_over_ranks(module, strategy.data_group)):
             choices["batch norm"] = f"statistics over the rows of all data ranks, in {count} modules"
         if layout.pipeline > 1:
@@ -143,13 +149,14 @@ class Preparation:
         options = strategy.options
         # Between the micro-batches of a pipeline weights stay whole.
         reshard = False if layout.pipeline > 1 else options.reshard_after_forward
-        self._shards = DataShards(self.module, mesh, units, reshard, options.offload)
+        copies = strategy.expert_mesh["expert_copies"] if self._experts else None
+        self._shards = DataShards(self.module, mesh, units, reshard, options.offload, self._experts, copies)
         blocks = f"{self._blocks} blocks one at a time, the rest for a whole step"
         what = blocks if self._blocks else "the whole module at once"
         if layout.pipeline > 1:
             what = "a stage's weights for a whole step"
-        copies = f" in {layout.replicate} copies" if layout.replicate > 1 else ""
-        strategy.choices["data_parallel_size"] = f"{layout.data}: FSDP2{copies} gathers {what}"
+        replicas = f" in {layout.replicate} copies" if layout.replicate > 1 else ""
+        strategy.choices["data_parallel_size"] = f"{layout.data}: FSDP2{replicas} gathers {what}"
 
     def _move(self) -> None:
         device = self.strategy.root_device

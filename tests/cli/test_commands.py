@@ -93,7 +93,7 @@ def test_a_trainer_that_cannot_be_built(project: Project, capsys: pytest.Capture
     assert "invalid strategy name: `strategy='nothing'`" in said
     words = ["--trainer.strategy=lightning_bharat.HybridStrategy", "--trainer.strategy.expert_parallel_size=2"]
     said = bad(["fit", *project.classes, *QUIET, *words], capsys)
-    assert said.startswith("bharat fit: error: expert_parallel_size=2: this version cuts over data, tensor")
+    assert said.startswith("bharat fit: error: expert_parallel_size=2 does not divide the 1 data ranks")
     words = ["fit", *project.classes, *QUIET, "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
     assert "--lr_scheduler needs --optimizer" in bad(words, capsys)
 

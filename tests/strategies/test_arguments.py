@@ -29,7 +29,7 @@ GOOD: dict[str, tuple] = {
     "tensor_parallel_size": ("auto", 1, 2),
     "pipeline_parallel_size": ("auto", 1, 2),
     "context_parallel_size": (1, 2),
-    "expert_parallel_size": (1,),
+    "expert_parallel_size": (1, 2),
     "replicate_size": (1, 2),
     "num_microbatches": (None, 1, 2),
     "schedule": tuple(KINDS),

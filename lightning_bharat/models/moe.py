@@ -1,0 +1,256 @@
+"""Mixture of experts: each token goes through a few of many feed-forwards (Shazeer et al., 2017,
+https://arxiv.org/abs/1701.06538), which a router chooses for it.
+
+No token is ever dropped: experts take as many as come. Names are Hugging Face's, so weights of a Mixtral load as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from lightning_bharat.models.gpt import GPTConfig
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid}
+
+
+class MixtureOfExperts(nn.Module):
+    """A feed-forward of many, (..., hidden) to the same shape.
+
+    Args:
+        config: sizes.
+        shared: what every token goes through as well (DeepSeekMoE, https://arxiv.org/abs/2401.06066).
+    """
+
+    def __init__(self, config: GPTConfig, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        out = self.experts(tokens, *self.gate(tokens)).view_as(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+@dataclass
+class Routed:
+    """What a router did in one forward.
+
+    Attributes:
+        load: (experts,), choices of each expert, whole numbers.
+        share: (experts,), the mean over tokens of each expert's share in a token's scores; has a gradient.
+    """
+
+    load: Tensor
+    share: Tensor
+
+
+class Router(nn.Module):
+    """Chooses ``num_experts_per_tok`` experts for each token, by scores of them.
+
+    Scores are computed in float32 at least, as Switch Transformers do (https://arxiv.org/abs/2101.03961, section 2.4).
+    A bias of each expert may have a say in what is chosen, though not in its weight: see :meth:`balance`.
+
+    Attributes:
+        bias_steps: (experts,) int64. The bias is ``bias_update_speed`` times it, exact in any precision.
+        routed: of the last forward in training, where a loss may need it.
+        seen: (experts + 2,) float64, since the last call of :meth:`take`: choices of each expert, the sum of the
+            entropies of all tokens' scores in nats, and choices that should have been made. ``None`` if there were
+            none.
+    """
+
+    bias_steps: Tensor
+    routed: Routed | None = None
+    seen: Tensor | None = None
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        self.num_experts, self.top_k, self.std = (
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.initializer_range,
+        )
+        self.groups, self.kept_groups = config.n_group, config.topk_group
+        self.scoring, self.normalized = config.scoring_func, config.norm_topk_prob
+        self.scale, self.speed = config.routed_scaling_factor, config.bias_update_speed
+        self.keeps = config.router_aux_loss_coef is not None
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        if self.speed is not None:
+            self.register_buffer("bias_steps", torch.zeros(self.num_experts, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.speed is not None:
+            self.bias_steps.zero_()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts of tokens (n, hidden), and their weights, each (n, chosen)."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = SCORES[self.scoring](F.linear(x.to(exact), self.weight.to(exact)))
+        chosen = self.choose(scores)
+        weights = scores.gather(-1, chosen)
+        if self.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if self.training:
+            self._write_down(scores, chosen)
+        return chosen, (weights * self.scale).to(x.dtype)
+
+    @torch.no_grad()
+    def choose(self, scores: Tensor) -> Tensor:
+        """The experts of tokens with these ``scores`` (n, experts), the best first: (n, chosen) int64.
+
+        With groups an expert can only be chosen in the token's ``topk_group`` best groups, which are those with the
+        largest sum of their two best scores (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2).
+        """
+        if self.speed is not None:
+            scores = scores + self.speed * self.bias_steps
+        if self.groups > 1:
+            grouped = scores.unflatten(-1, (self.groups, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(self.kept_groups, -1).indices
+            out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            scores = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
+        return scores.topk(self.top_k, -1).indices
+
+    def _write_down(self, scores: Tensor, chosen: Tensor) -> None:
+        shares = scores / scores.sum(-1, keepdim=True)
+        load = count(chosen, self.num_experts)
+        if self.keeps:
+            self.routed = Routed(load, shares.mean(0))
+        with torch.no_grad():
+            entropy = torch.special.entr(shares).sum().double().view(1)
+            seen = torch.cat((load.double(), entropy, torch.full_like(entropy, chosen.numel())))
+            self.seen = seen if self.seen is None else self.seen + seen
+
+    def take(self) -> Tensor | None:
+        """:attr:`seen`, which then begins anew."""
+        seen, self.seen = self.seen, None
+        return seen
+
+    def balance(self, load: Tensor) -> None:
+        """Make experts with less than the mean ``load`` a little likelier, those with more less likely: by one step
+        each, of ``bias_update_speed`` (Wang et al., 2024, https://arxiv.org/abs/2408.15664)."""
+        if self.speed is not None:
+            self.bias_steps += (load.mean() - load).sign().to(self.bias_steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has seen nothing; what has a gradient can't be copied."""
+        return {name: value for name, value in vars(self).items() if name not in ("routed", "seen")}
+
+
+class Experts(nn.Module):
+    """SwiGLU feed-forwards, their weights side by side: (experts, 2 · inner, hidden) and (experts, hidden, inner)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        self.num_experts = config.num_experts
+        self.std, self.down_std = config.initializer_range, config.residual_std
+        width, inner = config.hidden_size, config.expert_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_up_proj, std=self.std)
+        nn.init.normal_(self.down_proj, std=self.down_std)
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The sum over a token's experts of their outputs times their weights.
+
+        Args:
+            hidden: tokens, (n, hidden).
+            top_k_index: the experts of each, (n, chosen).
+            top_k_weights: (n, chosen).
+        """
+        order = top_k_index.flatten().argsort(stable=True)
+        load = count(top_k_index, self.num_experts)
+        out = self._sorted(hidden[order // top_k_index.shape[1]], load)
+        of_tokens = out[order.argsort()].unflatten(0, top_k_index.shape)
+        return (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
+
+    def _sorted(self, x: Tensor, load: Tensor) -> Tensor:
+        """Rows in the order of their experts, the first ``load[0]`` of which are the first one's, and so on."""
+        up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
+        if torch.is_autocast_enabled(x.device.type):
+            x, up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, up, down))
+        if not has_kernel(x, up, down):
+            bounds = pairwise((0, *accumulate(load.tolist())))
+            each = zip(bounds, up.unbind(), down.unbind(), strict=True)
+            return torch.cat([F.linear(_swiglu(F.linear(x[a:b], u)), d) for (a, b), u, d in each])
+        ends = load.cumsum(0).int()
+        inner = _swiglu(F.grouped_mm(x, up.mT, offs=ends))
+        return F.grouped_mm(inner, down.mT, offs=ends)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def has_kernel(*tensors: Tensor) -> bool:
+    """Whether one call multiplies all experts' rows: in half precision, with rows of a multiple of 16 bytes. Else each
+    expert has a product of its own."""
+    return all(t.dtype in (torch.bfloat16, torch.float16) and t.shape[-1] % 8 == 0 for t in tensors)
+
+
+def count(chosen: Tensor, experts: int) -> Tensor:
+    """How often each expert is in ``chosen``: (experts,) int64. (``bincount`` has no shape on fake tensors.)"""
+    flat = chosen.flatten()
+    return flat.new_zeros(experts).index_add(0, flat, torch.ones_like(flat))
+
+
+def balance_loss(routed: Iterable[Routed], mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """How unevenly tokens are spread: experts · Σ load · share, the mean over layers; 1 if all experts are alike, and
+    as many as experts if one has everything (Switch Transformers, https://arxiv.org/abs/2101.03961, section 2.2).
+
+    Args:
+        routed: of each layer.
+        mean_over_ranks: loads are those of all data ranks together: then the mean of this loss over ranks is the loss
+            of their batches as one, and an expert may be busy on one rank and idle on another (Qiu et al., 2025,
+            https://arxiv.org/abs/2501.11873).
+    """
+    every = list(routed)
+    load = mean_over_ranks(torch.stack([r.load for r in every]).double())
+    share = torch.stack([r.share for r in every])
+    load = (load / load.sum(-1, keepdim=True)).to(share)
+    return share.shape[-1] * (load * share).sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How tokens were spread over the experts of all layers, from what their routers saw.
+
+    Attributes:
+        imbalance: the busiest expert's load over the mean, in the worst layer; 1 is even.
+        dropped: the share of choices that no expert computed.
+        entropy: of a token's scores over experts, in nats, the mean over tokens and layers; ln(experts) is no
+            preference.
+    """
+
+    imbalance: Tensor
+    dropped: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, seen: Tensor, top_k: int) -> Spread:
+        """From :attr:`Router.seen` of each layer, (layers, experts + 2)."""
+        load, entropy, asked = seen[:, :-2], seen[:, -2], seen[:, -1]
+        return cls(
+            imbalance=(load.amax(-1) / load.mean(-1)).amax(),
+            dropped=1 - load.sum() / asked.sum(),
+            entropy=top_k * entropy.sum() / asked.sum(),
+        )

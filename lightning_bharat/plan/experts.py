@@ -1,0 +1,214 @@
+"""The expert cut: each rank has some of the experts, and tokens travel to those that they chose and back.
+
+As in GShard (Lepikhin et al., 2020, https://arxiv.org/abs/2006.16668), without a capacity: no token is dropped.
+
+The module stays the person's: its own ``forward`` computes a rank's experts for the tokens that came, each of which has
+one expert then. That this is right is proven (:mod:`prove_experts`) before it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.cut_modules import become
+from lightning_bharat.plan.exchange import Table
+from lightning_bharat.plan.shards import TensorSlice
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """A module whose parameters hold all experts side by side, along dimension 0.
+
+    Its ``forward`` takes tokens (n, width), the experts that each chose (n, k) and their weights (n, k), and returns
+    (n, width): the signature of Hugging Face's experts.
+
+    Attributes:
+        name: in the model.
+        experts: how many there are.
+        counts: names of its attributes that are this number.
+    """
+
+    name: str
+    experts: int
+    counts: tuple[str, ...]
+
+
+def find_experts(module: nn.Module) -> list[FusedExperts]:
+    """All modules with fused experts in ``module``, in order."""
+    return [found for name, part in module.named_modules() if (found := _as_experts(name, part))]
+
+
+def _as_experts(name: str, part: nn.Module) -> FusedExperts | None:
+    parameters = list(part.parameters())
+    own = list(part.parameters(recurse=False))
+    if not own or len(own) != len(parameters) or not any(p.ndim == 3 for p in own) or min(p.ndim for p in own) < 2:
+        return None
+    sizes = {p.shape[0] for p in own}
+    if len(sizes) > 1 or sizes == {1} or next(part.buffers(), None) is not None or _arguments(part) != 3:
+        return None
+    (experts,) = sizes
+    same = (key for key, value in vars(part).items() if type(value) is int and value == experts)
+    return FusedExperts(name, experts, tuple(key for key in same if "expert" in key))
+
+
+def _arguments(part: nn.Module) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in inspect.signature(part.forward).parameters.values())
+
+
+def check_experts(module: nn.Module, ranks: int) -> list[FusedExperts]:
+    """The modules to cut over ``ranks`` expert ranks.
+
+    Raises:
+        PlanError: there are none, or their number does not divide.
+    """
+    found = find_experts(module)
+    if not found:
+        near = [f"{name} ({type(part).__name__})" for name, part in module.named_modules() if _is_near(part)]
+        raise PlanError(
+            f"expert_parallel_size={ranks}: no module of {type(module).__name__} holds fused experts"
+            + (f"; {near[0]} is none" if near else "")
+            + ". That is a module whose parameters all have the experts along dimension 0, (experts, out, in), and "
+            "whose forward takes tokens (n, width), chosen experts (n, k) and weights (n, k). Write one, or leave "
+            "expert_parallel_size out"
+        )
+    for each in found:
+        if each.experts % ranks:
+            fits = [n for n in range(1, each.experts + 1) if each.experts % n == 0]
+            raise PlanError(
+                f"expert_parallel_size={ranks} does not divide the {each.experts} experts of {each.name}; sizes that "
+                f"do: {', '.join(map(str, fits[:8]))}"
+            )
+    _refuse_tied(module, found)
+    return found
+
+
+def _is_near(part: nn.Module) -> bool:
+    """Whether a person may take it for fused experts."""
+    listed = isinstance(part, nn.ModuleList) and len(part) > 1 and "expert" in type(part[0]).__name__.lower()
+    return listed or any(p.ndim == 3 for p in part.parameters(recurse=False))
+
+
+def _refuse_tied(module: nn.Module, found: list[FusedExperts]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for each in found:
+        for parameter in module.get_submodule(each.name).parameters():
+            if len(names[id(parameter)]) > 1:
+                raise PlanError(
+                    f"{' and '.join(names[id(parameter)])} are one tensor: experts that are used in two places can't "
+                    "be cut; give each module its own, or leave expert_parallel_size out"
+                )
+
+
+class Routes(Protocol):
+    """The expert ranks, seen from one of them."""
+
+    rank: int
+    size: int
+
+    def all_to_all(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        """Rows of ``x`` to all ranks, ``sent[i]`` of them to rank ``i``, in order; ``received[i]`` come from it."""
+
+
+class ProcessRoutes:
+    """Expert ranks that are processes of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def all_to_all(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        out = x.new_empty((sum(received), *x.shape[1:]))
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=self.group)
+        return out
+
+
+class ThreadRoutes:
+    """Expert ranks that are threads of this process, for proofs.
+
+    Raises:
+        threading.BrokenBarrierError: another rank failed, or did not come in time.
+    """
+
+    def __init__(self, table: Table, rank: int) -> None:
+        self.table, self.rank, self.size = table, rank, table.barrier.parties
+
+    def all_to_all(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        parts: Any = x.detach().split(sent)
+        self.table.tensors[self.rank] = parts
+        self.table.barrier.wait()
+        taken = [parts[self.rank] for parts in self.table.tensors]
+        self.table.barrier.wait()  # nobody overwrites before all have read
+        return torch.cat(taken)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, routes: Routes, x: Tensor, received: list[int], sent: list[int], factor: float) -> Tensor:
+        ctx.routes, ctx.received, ctx.sent, ctx.factor = routes, received, sent, factor
+        return routes.all_to_all(x, received, sent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.routes.all_to_all(grad, ctx.sent, ctx.received).mul_(ctx.factor), None, None, None
+
+
+class CutExperts(nn.Module):
+    """Mixed into a module that keeps its rank's experts: expert ``i`` is on rank ``i // (experts // ranks)``.
+
+    A rank's experts see the tokens of all expert ranks, so their gradients would be sums over these where data ranks
+    have means: what goes back through experts is divided by the ranks, and multiplied again where it leaves them.
+    """
+
+    routes: Routes
+    experts_of_all: int
+
+    @torch.compiler.disable  # how many tokens travel is known on the host alone
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the module's own, whose first three arguments these are, whatever their names."""
+        routes, here = self.routes, self.experts_of_all // self.routes.size
+        order = top_k_index.flatten().argsort(stable=True)
+        load = top_k_index.new_zeros(self.experts_of_all).index_add(
+            0, top_k_index.flatten(), torch.ones_like(top_k_index.flatten())
+        )
+        even = [here] * routes.size
+        loads = routes.all_to_all(load, even, even).view(routes.size, here)  # what each rank has for each expert here
+        sent, received = torch.stack((load.view(loads.shape).sum(1), loads.sum(1))).tolist()
+        came = _AllToAll.apply(routes, hidden[order // top_k_index.shape[1]], received, sent, routes.size)
+        out = self._compute(came, loads)
+        back = _AllToAll.apply(routes, out, sent, received, 1 / routes.size)
+        of_tokens = back[order.argsort()].unflatten(0, top_k_index.shape)
+        return (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
+
+    def _compute(self, rows: Tensor, loads: Tensor) -> Tensor:
+        """The module's own experts of ``rows``, which lie by rank and, of each rank, by expert."""
+        ranks, here = loads.shape
+        expert = torch.arange(here, device=rows.device).repeat(ranks).repeat_interleave(loads.flatten())
+        number = len(rows)
+        if not number:
+            # A row of zeros, of which nothing is used: the gradient of experts without tokens is then zero, not
+            # missing, and data ranks find the same ones to average.
+            rows, expert = torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))), expert.new_zeros(1)
+        return super().forward(rows, expert[:, None], rows.new_ones(len(rows), 1))[:number]
+
+
+def cut_experts(part: nn.Module, found: FusedExperts, routes: Routes) -> TensorSlice:
+    """Let ``part``, real or on ``meta``, keep its rank's experts; returns which part of each parameter that is."""
+    group = routes.group if isinstance(routes, ProcessRoutes) else None
+    cut = TensorSlice(0, (found.experts,), routes.size, routes.rank, group)
+    for leaf, whole in list(part.named_parameters(recurse=False)):
+        piece = nn.Parameter(cut.take(whole.detach()), requires_grad=whole.requires_grad)
+        piece.__dict__.update(whole.__dict__)
+        part.register_parameter(leaf, piece)
+    for attribute in found.counts:
+        setattr(part, attribute, found.experts // routes.size)
+    become(part, CutExperts, routes=routes, experts_of_all=found.experts)
+    return cut

@@ -1,0 +1,203 @@
+"""Experts spread over data ranks: losses, gradients, norms and logs of one process, in float64 to 1e-9."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from tests.experts import TrainedGPT, TrainedMixture, held
+from tests.modules import Result, Trained, assert_equal, fit
+from tests.ranks import RanksFailed, run_ranks
+
+WINDOW = {"steps": 3, "gradient_clip_val": 0.3, "accumulate_grad_batches": 2}
+EXPERT = {"expert_parallel_size": 2}
+
+
+def _fits(cases: list[tuple[str, dict[str, Any] | None]]) -> list[Result]:
+    return [fit(partial(TrainedMixture, name), strategy, **WINDOW) for name, strategy in cases]
+
+
+@cache
+def whole(name: str) -> Result:
+    return run_ranks(_fits, 1, [(name, None)])[0][0]
+
+
+def compare(ranks: int, *cases: tuple[str, dict[str, Any]], tolerance: float = 1e-9) -> list[Result]:
+    """Several fits in one job."""
+    every = run_ranks(_fits, ranks, cases, timeout=60)
+    for of_rank in every:
+        for (name, _), found in zip(cases, of_rank, strict=True):
+            assert_equal(found, whole(name), tolerance)
+    return every[0]
+
+
+def test_data_ranks_alone_train_it_as_any_module() -> None:
+    compare(2, ("own", {}), ("one expert", {}))
+
+
+def test_experts_over_both_data_ranks() -> None:
+    found = compare(2, ("own", EXPERT), ("sigmoid, groups", EXPERT), ("one expert", EXPERT))
+    assert "2 modules keep 1/2 of their 8 experts on each rank; proven" in found[0].explain
+
+
+def test_experts_over_pairs_and_fours_of_data_ranks() -> None:
+    compare(4, ("own", EXPERT), ("one expert", EXPERT), ("own", {"expert_parallel_size": 4}))
+
+
+def test_each_option_alone() -> None:
+    options = [{"reshard_after_forward": False}, {"activation_checkpointing": "full"}, {"offload": True}]
+    options += [{"token_weighted": True}, {"compile": {"backend": "eager"}}]
+    compare(2, *(("own", {**EXPERT, **option}) for option in options))
+
+
+def test_unchanged_hugging_face_models() -> None:
+    """Their routers compute scores in float32, whose rounding shows."""
+    compare(2, ("qwen3 moe", EXPERT), ("mixtral", EXPERT), tolerance=1e-6)
+
+
+def test_with_tensor_ranks_and_with_pipeline_stages() -> None:
+    staged = {**EXPERT, "pipeline_parallel_size": 2, "num_microbatches": 2}
+    found = compare(4, ("own", {**EXPERT, "tensor_parallel_size": 2}), ("own", staged))
+    assert "proven for 2 tensor ranks" in found[0].explain
+    assert "Layout(data=2, pipeline=2, expert=2)" in found[1].explain
+
+
+BALANCED = {"router_aux_loss_coef": 0.1, "bias_update_speed": 0.05}
+
+
+def _balanced(strategy: dict[str, Any] | None, options: dict[str, Any]) -> tuple[Result, list]:
+    made: list[TrainedGPT] = []
+
+    def module() -> TrainedGPT:
+        made.append(TrainedGPT(**options))
+        return made[0]
+
+    found = fit(module, strategy, **WINDOW)
+    return found, [layer.mlp.gate.bias_steps.tolist() for layer in made[0].model.layers]
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+def test_balance_is_that_of_the_whole_batch(expert: int) -> None:
+    """The loss, the biases and what is logged of them."""
+    expected, steps = run_ranks(_balanced, 1, None, BALANCED)[0]
+    for found, moved in run_ranks(_balanced, 2, {"expert_parallel_size": expert}, BALANCED):
+        assert_equal(found, expected)
+        assert moved == steps
+    assert steps[0] != [0] * 8
+    assert {"balance_loss", "expert_imbalance", "dropped_choices", "router_entropy"} <= expected.metrics.keys()
+
+
+HALF, ALL = 2, 4  # an epoch, and two of them
+
+
+def _part(strategy: dict[str, Any] | None, folder: str, steps: int, options: dict[str, Any]) -> Result:
+    saving = ModelCheckpoint(folder, "step", every_n_train_steps=HALF, save_on_train_epoch_end=False)
+    kept = {"enable_checkpointing": True, "callbacks": [saving]} if steps == HALF else {}
+    return fit(partial(TrainedMixture, "own"), strategy, steps=steps, batches=HALF, **kept, **options)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ((2, {"expert_parallel_size": 2}), (4, {"expert_parallel_size": 2})),
+        ((4, {"expert_parallel_size": 2, "save_distributed_checkpoint": False}), (1, {})),
+        ((2, {}), (2, {"expert_parallel_size": 2})),
+        ((4, {"expert_parallel_size": 4}), (2, {"tensor_parallel_size": 2})),
+    ],
+    ids=str,
+)
+def test_any_layout_goes_on_with_what_any_saved(saved: tuple, loaded: tuple, tmp_path: Path) -> None:
+    expected = run_ranks(_part, 1, None, "", ALL, {})[0]
+    run_ranks(_part, saved[0], saved[1], str(tmp_path), HALF, {})
+    found = run_ranks(_part, loaded[0], loaded[1], "", ALL, {"ckpt": str(next(tmp_path.glob("step*")))})[0]
+    assert_close([*found.seen], expected.seen[HALF:])
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-9, msg=name)
+
+
+def assert_close(found: list, expected: list) -> None:
+    torch.testing.assert_close(torch.tensor(found).double(), torch.tensor(expected).double(), rtol=1e-9, atol=1e-9)
+
+
+class Shapes(TrainedMixture):
+    """Keeps which pieces of the experts' weights a rank holds while it trains."""
+
+    def on_train_end(self) -> None:
+        self.held = held(self)
+
+
+def _held(strategy: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    made: list[Shapes] = []
+
+    def module() -> Shapes:
+        made.append(Shapes("own"))
+        return made[0]
+
+    fit(module, strategy, steps=1)
+    return made[0].held
+
+
+def test_a_rank_holds_its_share_of_the_experts() -> None:
+    for shapes in run_ranks(_held, 4, {"expert_parallel_size": 2}):
+        assert set(shapes.values()) == {(2, 32, 32), (2, 32, 16)}  # of 8, over 2 expert ranks × 2 copies
+
+
+class Normalizing(nn.Module):
+    """Fused experts that are no sum over a token's choices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 32, 32))
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        weights = weights / weights.abs().sum(-1, keepdim=True)
+        return torch.einsum("nkoi,ni,nk->no", self.weight[chosen], hidden, weights)
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+
+
+class Expert(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+
+
+def _refused(change: str, strategy: dict[str, Any]) -> Result:
+    def module() -> Trained:
+        made = TrainedMixture("own")
+        for layer in made.model.layers:  # type: ignore[union-attr]
+            if change == "normalizing":
+                layer.mlp.experts = Normalizing()
+            elif change == "listed":
+                layer.mlp.experts = Listed()
+        return made
+
+    return fit(module, strategy, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "strategy", "words"),
+    [
+        ("", 3, {"expert_parallel_size": 3}, "does not divide the 8 experts of model.layers.0.mlp.experts; sizes"),
+        ("", 2, {"expert_parallel_size": 3}, "expert_parallel_size=3 does not divide the 2 data ranks"),
+        ("", 2, {"expert_parallel_size": 2, "replicate_size": 2}, "write replicate_size=1"),
+        ("", 2, {"expert_parallel_size": 2, "activation_checkpointing": "selective"}, 'write "full" or leave it out'),
+        ("", 4, {"expert_parallel_size": 2, "context_parallel_size": 2}, "write 1 for one of them in this version"),
+        ("normalizing", 2, {"expert_parallel_size": 2}, r"experts \(Normalizing\) does not compute the same when"),
+        ("listed", 2, {"expert_parallel_size": 2}, r"experts \(ModuleList\) is none. That is a module whose"),
+        ("", 4, {"expert_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True}, "sequence_parallel"),
+    ],
+)
+def test_refused(change: str, ranks: int, strategy: dict[str, Any], words: str) -> None:
+    with pytest.raises(RanksFailed, match=words) as failed:
+        run_ranks(_refused, ranks, change, strategy)
+    assert len({(outcome.error, outcome.message) for outcome in failed.value.outcomes}) == 1
