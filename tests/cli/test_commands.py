@@ -99,7 +99,7 @@ def test_a_trainer_that_cannot_be_built(project: Project, capsys: pytest.Capture
 
 
 def test_bad_options_of_layout(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "write --devices 8, or --timeline pipeline=2" in bad(["layout", *project.classes], capsys)
+    assert "write --devices 8, --cluster cluster.yaml or" in bad(["layout", *project.classes], capsys)
     assert 'key "devices"' in bad(["layout", *project.classes, "--devices=0"], capsys)
     words = ["layout", "--model", f"{project.package}.model.OnMetaImpossible", *project.classes[2:], "--devices=2"]
     said = bad(words, capsys)
