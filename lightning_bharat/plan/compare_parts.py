@@ -30,8 +30,8 @@ def difference(
         peers: the context ranks, all of which must call it.
 
     Returns:
-        The largest difference here, relative to what the block adds to the hidden state, and whether it is too large
-        on any of the peers.
+        The largest difference on any of the peers, relative to what the block adds to the hidden state, and whether
+        it is too large on any of them.
     """
     with torch.random.fork_rng(devices=[]), NoDropout():
         found = _hidden(parts())
@@ -39,11 +39,13 @@ def difference(
     expected = expected.chunk(peers.size, SEQUENCE_DIM)[peers.rank]
     added = _largest((expected - hidden).double()) if expected.shape == hidden.shape else _largest(expected.double())
     rounding = 16 * torch.finfo(expected.dtype).eps * _largest(expected.double())
-    away = _largest((found - expected).double()) if found.shape == expected.shape else expected.new_tensor(torch.inf)
+    away = _largest((found - expected).double()) if found.shape == expected.shape else torch.full_like(added, torch.inf)
     coarse = torch.is_autocast_enabled(expected.device.type)
     tolerance = COARSE if coarse else TOLERANCES.get(expected.dtype, COARSE)
     wrong = ~(away <= tolerance * added + rounding)
-    return float(away / added.clamp_min(1e-30)), bool(peers.all_max(wrong.int()))
+    relative = (away / added.clamp_min(1e-30)).nan_to_num(nan=torch.inf)
+    largest, any_wrong = peers.all_max(torch.stack([relative, wrong.double()])).tolist()
+    return largest, bool(any_wrong)
 
 
 def _hidden(out: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Copies of modules, for runs that must leave the module itself as it is."""
+"""Copies of modules and of what they are called with, for runs that must leave the module itself as it is."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def _copies(value: Any, known: dict[int, Any]) -> bool:
     except Exception:
         return False
     return True
+
+
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Hugging Face's blocks without their key-value cache, which would grow again in a second run."""
+    empty = {name: None for name in ("cache", "past_key_values", "layer_past") if name in kwargs}
+    return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}  # type: ignore[dict-item]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import UNCUT, PlanError, block_list, block_names, kinds_of
-from lightning_bharat.plan.copies import copy_module
+from lightning_bharat.plan.copies import copy_module, without_cache
 from lightning_bharat.plan.exchange import OnePeer
 from lightning_bharat.plan.flops import FlopCounter
 from lightning_bharat.plan.sources import FromBlock, Sources
@@ -29,7 +29,7 @@ Step = Callable[[Any, Any], Any]
 
 @dataclass
 class Call:
-    """How a block was called: fake tensors in their places, everything else as copied before the call."""
+    """How a block was called: fake tensors in their places, everything else as copied before the call, and no cache."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -269,7 +269,7 @@ class _Watch(Answers):
             self.counted[0] = self.counter.total
         self.entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if seen.kinds[i] not in seen.calls:
-            seen.calls[seen.kinds[i]] = Call.copied(args, kwargs)
+            seen.calls[seen.kinds[i]] = Call.copied(args, without_cache(kwargs))
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         if i == 0:
             first = (place for place, x in places if isinstance(x, Tensor) and x.is_floating_point())

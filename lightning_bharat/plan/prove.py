@@ -68,7 +68,7 @@ class Sample:
 
     def __init__(self, seen: Observation, module: nn.Module, kind: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.hidden = seen.hidden
+        self.hidden, self.tolerance = seen.hidden, TOLERANCE
         self.slices: dict[str, TensorSlice] = {}
         self.block = _real_block(module.get_submodule(seen.names[seen.kinds.index(kind)]), generator)
         self.call = _real_call(seen.calls[kind], generator)
@@ -194,7 +194,7 @@ class Sample:
         """What is wrong with gradients, or ""; adds to ``summed`` the whole parameters whose gradients are partial."""
         for place, whole in expected.inputs.items():
             worst = max(_distance(p.inputs.get(place), whole) for p in passes)
-            if worst > TOLERANCE:
+            if worst > self.tolerance:
                 return f"the gradient of input {place!r} differs by {worst:.1e}"
         # A gradient that is zero but for rounding (of a bias before a batch norm) has no size of its own.
         floor = max((float(g.abs().max()) for g in expected.parameters.values() if g.numel()), default=0.0) * SMALLEST
@@ -206,10 +206,10 @@ class Sample:
                 if any(p.shape != parts[0].shape for p in parts):
                     return f"the gradient of {name} has another shape on each rank"
                 grads = [cut.join(parts)]
-            if (worst := max(_distance(g, whole, floor) for g in grads)) <= TOLERANCE:
+            if (worst := max(_distance(g, whole, floor) for g in grads)) <= self.tolerance:
                 continue
             total = sum(g for g in grads if g is not None)
-            if cut is None and isinstance(total, Tensor) and _distance(total, whole, floor) <= TOLERANCE:
+            if cut is None and isinstance(total, Tensor) and _distance(total, whole, floor) <= self.tolerance:
                 summed[name] = None
                 continue
             return f"the gradient of {name} differs by {worst:.1e}"

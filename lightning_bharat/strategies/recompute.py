@@ -10,18 +10,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_bharat.plan.copies import without_cache
 from lightning_bharat.plan.work import EXPENSIVE
 from lightning_bharat.strategies._torch import version
 
 
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's blocks without their key-value cache, which would grow again in the recomputation."""
-    empty = {name: None for name in ("cache", "past_key_values", "layer_past") if name in kwargs}
-    return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}  # type: ignore[dict-item]
 
 
 class _Buffers:
@@ -77,7 +72,7 @@ def recompute(block: nn.Module, mode: str) -> None:
             )
             return first, _all(buffers.as_before(values), _default(dtype), again)
 
-        out = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **_without_cache(kwargs))
+        out = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **without_cache(kwargs))
         buffers.look(found)
         return out
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bharat.plan.whole_attention import ContextError
 from tests.modules import Batch, Result, Trained, assert_equal, fit
-from tests.plan.models import FusedBlock, Nano, llama
+from tests.plan.models import VOCABULARY, FusedBlock, Nano, Wrapped, llama
 from tests.ranks import run_ranks
 from tests.strategies.test_hybrid import compare
 
@@ -26,7 +27,7 @@ OPTIONS: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 
 # ---- the same
 
 
-@pytest.mark.parametrize("module", ["gpt", "nano", "llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("module", ["gpt", "nano", "llama", "qwen3"])
 def test_two_context_ranks_equal_one_process(module: str) -> None:
     results = compare(module, 2, CONTEXT, **OPTIONS)
     assert "attention exchanges parts of the time for heads (4; Ulysses)" in results[0].explain
@@ -94,6 +95,40 @@ class Documents(Trained):
         return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), batch["labels"].flatten())
 
 
+class Hinted(FusedBlock):
+    """A number for each position scales the hidden state; or (``mixes``) a sum of them up to there."""
+
+    def __init__(self, width: int = 48, mixes: bool = False) -> None:
+        super().__init__(width)
+        self.mixes = mixes
+
+    def forward(self, x: Tensor, hint: Tensor | None = None) -> Tensor:
+        if hint is not None:
+            x = x * (hint.cumsum(1) if self.mixes else hint)
+        return super().forward(x)
+
+
+class HintedLater(Trained):
+    """Blocks are called otherwise than in the proof, from the second batch on."""
+
+    def __init__(self, mixes: bool = False) -> None:
+        super().__init__()
+        self.model, self.later = Nano(partial(Hinted, mixes=mixes)), False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.later = batch_idx > 0
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, batch: Batch) -> Tensor:
+        ids, model = batch["ids"], self.model
+        place = torch.arange(ids.shape[1], device=ids.device)
+        hint = (1 + place[None, :, None] / 40).to(self.dtype) if self.later else None
+        x = model.token(ids) + model.position(place)
+        for layer in model.layers:
+            x = layer(x, hint=hint)
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), batch["labels"].flatten())
+
+
 class Padded(Trained):
     """Hugging Face's own masks, of padding from the second batch on; positions begin anew in the middle in others."""
 
@@ -113,15 +148,41 @@ class Padded(Trained):
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].masked_fill(~keep, -100).flatten())
 
 
+class HuggingFace(Trained):
+    """Of other kinds than the zoo's: windows and norms that add up in float32, or no order in time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4}
+        if kind == "gemma3":
+            config = transformers.Gemma3TextConfig(
+                **sizes, **heads, num_key_value_heads=2, head_dim=12, sliding_window=8
+            )
+            self.model = Wrapped(transformers.Gemma3ForCausalLM(config))
+        else:
+            dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            self.model = Wrapped(transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **heads, **dry)))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "bert"])
+def test_other_hugging_face_models(kind: str) -> None:
+    options: dict[str, Any] = {"gradient_clip_val": 0.3, "steps": 4}
+    expected = run_ranks(_fit, 1, partial(HuggingFace, kind), None, options)[0]
+    for found in run_ranks(_fit, 2, partial(HuggingFace, kind), CONTEXT, options):
+        assert_equal(found, expected, 1e-6 if kind == "gemma3" else 1e-9)
+
+
 @pytest.mark.parametrize(
     ("module", "said"),
     [
         (OfThreeHeads, "attention gathers keys and values, since its 3 heads do not divide"),
         (Documents, "key-value heads (1) repeated"),
+        (HintedLater, "Ulysses"),
         (Padded, "Ulysses"),
         (partial(Padded, packed=True), "Ulysses"),
     ],
-    ids=["three heads", "documents", "padded", "packed"],
+    ids=["three heads", "documents", "other arguments later", "padded", "packed"],
 )
 def test_masks_and_heads(module: Callable[[], Trained], said: str) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 0.3, "steps": 4}
@@ -136,11 +197,11 @@ def _fit(module: Any, strategy: dict[str, Any] | None, options: dict[str, Any]) 
 
 
 def test_checkpoints_of_other_layouts(tmp_path: Path) -> None:
-    """One process continues what context ranks saved, and they what it saved."""
+    """Data ranks continue what context ranks saved, and these what one process saved."""
     expected = run_ranks(_saving, 1, None, str(tmp_path / "one"), None)[0]
     for found in run_ranks(_saving, 2, CONTEXT, str(tmp_path / "context"), None):
         assert_equal(found, expected)
-    for first, ranks, then in (("context", 1, {}), ("context", 2, {}), ("one", 2, CONTEXT), ("context", 2, CONTEXT)):
+    for first, ranks, then in (("context", 2, {}), ("one", 2, CONTEXT)):
         path = str(tmp_path / first / "step=4.ckpt")
         for found in run_ranks(_saving, ranks, then, str(tmp_path / "again"), path):
             for name, weight in expected.weights.items():
@@ -239,6 +300,22 @@ class Shrinking(Trained):
         return super().training_step({k: v[:, : 32 - batch_idx] if v.ndim > 1 else v for k, v in batch.items()}, 0)
 
 
+class Skipping(Trained):
+    """Leaves out one block in the second batch; its loss does not need all positions."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.left_out = block
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x = self.model.token(batch["ids"])
+        for i, layer in enumerate(self.model.layers):
+            x = x if (batch_idx, i) == (1, self.left_out) else layer(x)
+        loss = F.cross_entropy(self.model.head(self.model.norm(x)).mean(1), batch["labels"][:, 0])
+        self.log("loss", loss)
+        return loss
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], int, str]] = {
     "a mask made inside": (partial(Own, MaskInside), 2, "made in the block for the part of the sequence"),
     "attention by hand": (partial(Own, ByHand), 2, "calls no F.scaled_dot_product_attention"),
@@ -250,6 +327,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], int, str]] = {
     "a running sum": (partial(Own, Summed), 2, "layers.0 does not compute the same on parts of the sequence: output"),
     "no blocks": (partial(Trained, "stack"), 2, "has no list of them"),
     "a length that does not divide": (Trained, 3, "context_parallel_size=3 does not divide the sequence of 32"),
+    "other arguments later": (partial(HintedLater, mixes=True), 2, "or without argument ['hint']; write context_par"),
+    "no first block later": (partial(Skipping, 0), 2, "model.layers.1 gets a hidden state (8, 32, 48), and not the 16"),
+    "no last block later": (partial(Skipping, 2), 2, "the step left the blocks after model.layers.1"),
     "an odd length later": (Shrinking, 2, "the sequence of 31 can't be divided over context_parallel_size=2"),
 }
 
