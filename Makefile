@@ -33,6 +33,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.context
 	$(BIN)/python -m benchmarks.bubble
 
 $(INSTALLED): pyproject.toml constraints.txt

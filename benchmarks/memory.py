@@ -122,11 +122,11 @@ def one_process(size: str) -> Held:
 def _train(loop: ByTrainer, size: Size, rows: int = 1) -> Held:
     count = Count()
     loop.callbacks.append(count)
-    loop(_OneLoader(batches(size.config, rows, size.time, STEPS, 0)))
+    loop(OneLoader(batches(size.config, rows, size.time, STEPS, 0)))
     return count.held
 
 
-class _OneLoader:
+class OneLoader:
     """Batches; a list would be to Lightning a list of loaders."""
 
     def __init__(self, batches: list[Batch]) -> None:

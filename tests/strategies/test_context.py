@@ -45,11 +45,16 @@ BESIDE: dict[str, dict[str, Any]] = {
     ("module", "other"),
     [
         *[("nano", "data"), ("llama", "data"), ("gpt", "tensor"), ("llama", "tensor")],
-        *[("gpt2", "1F1B"), ("recomputing", "ZBVZeroBubble")],
+        *[("gpt2", "1F1B"), ("deep", "ZBVZeroBubble")],
     ],
 )
 def test_beside_other_ranks(module: str, other: str) -> None:
     compare(module, 4, {**CONTEXT, **BESIDE[other]}, **OPTIONS)
+
+
+def test_beside_tensor_ranks_and_stages() -> None:
+    sizes = {**CONTEXT, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    compare("llama", 8, sizes, steps=4, gradient_clip_val=0.3)
 
 
 class OfThreeHeads(Trained):
