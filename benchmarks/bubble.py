@@ -59,23 +59,24 @@ class _Sleep(torch.autograd.Function):
 
 
 class Sleeping(nn.Module):
-    """A block whose three passes last ``seconds`` each."""
+    """A block whose passes last so many seconds: forward, backward of its input, backward of its weight."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, forward: float, inputs: float, weights: float) -> None:
         super().__init__()
-        self.seconds, self.weight = seconds, nn.Parameter(torch.ones(1))
+        self.seconds, self.weight = (forward, inputs, weights), nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Sleep.apply(x, self.seconds, self.seconds) * _Sleep.apply(self.weight, 0.0, self.seconds)
+        forward, inputs, weights = self.seconds
+        return _Sleep.apply(x, forward, inputs) * _Sleep.apply(self.weight, 0.0, weights)
 
 
 class Sleepers(L.LightningModule):
-    """Blocks in a row."""
+    """Blocks in a row; ``seconds`` of their three passes."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, *seconds: float) -> None:
         super().__init__()
         self.start = nn.Parameter(torch.ones(1))  # so that the first block has a backward pass of inputs, too
-        self.blocks = nn.ModuleList(Sleeping(seconds) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(Sleeping(*seconds) for _ in range(BLOCKS))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         x = batch * self.start
@@ -107,7 +108,9 @@ class Result:
         return self.measured / self.expected - 1 if self.expected else float("inf")
 
 
-class _Follow(L.Callback):
+class Follow(L.Callback):
+    """Keeps a timeline of each step after the first ones."""
+
     def __init__(self) -> None:
         self.timelines: list[Any] = []
 
@@ -124,7 +127,7 @@ class _Follow(L.Callback):
 
 def measure(schedule: str, seconds: float, steps: int) -> Result:
     """Train with ``schedule``; every rank calls it. The median step counts."""
-    follow = _Follow()
+    follow = Follow()
     trainer = L.Trainer(
         strategy=HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=MICROBATCHES),
         accelerator="cpu",
@@ -137,7 +140,7 @@ def measure(schedule: str, seconds: float, steps: int) -> Result:
         enable_model_summary=False,
     )
     batches = DataLoader([torch.ones(MICROBATCHES, 1, 1)] * (WARM_UP + steps), batch_size=None)
-    trainer.fit(Sleepers(seconds), batches)
+    trainer.fit(Sleepers(seconds, seconds, seconds), batches)
     shown = sorted(follow.timelines, key=lambda timeline: timeline.bubble)[len(follow.timelines) // 2]
     milliseconds = 1000 * median(timeline.seconds for timeline in follow.timelines)
     return Result(schedule, shown.bubble, _expected(schedule, shown), milliseconds)

@@ -73,6 +73,7 @@ def take(strategy: HybridStrategy, module: pl.LightningModule) -> Preparation | 
         raise ModuleError(
             f"an earlier Trainer has cut the module with {name}={was}, and now {wanted} is asked for. {_INSTEAD}"
         )
+    strategy.schedule, strategy.predicted = cut.preparation.strategy.schedule, cut.preparation.strategy.predicted
     cut.preparation.strategy = strategy
     strategy.choices |= cut.choices
     strategy.model = module

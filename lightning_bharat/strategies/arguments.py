@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
     "expert_parallel_size": _SIZE,
     "replicate_size": _SIZE,
     "num_microbatches": (_is_size_or(None), "a whole number from 1 up, or None"),
-    "schedule": (_one_of(KINDS), f"one of {', '.join(KINDS)}"),
+    "schedule": (_one_of([*KINDS, "auto"]), f"one of {', '.join(KINDS)} or auto"),
     "sequence_parallel": _AUTO_FLAG,
     "loss_parallel": _AUTO_FLAG,
     "token_weighted": _FLAG,

@@ -27,6 +27,7 @@ from lightning_bharat.strategies import _lightning, already_cut
 from lightning_bharat.strategies.arguments import known_arguments
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
+from lightning_bharat.strategies.choose import Predicted
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.loaders import TogetherLoaders
@@ -62,7 +63,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         num_microbatches: parts of a batch that follow one another through a pipeline. ``None``: twice the stages, or
             the largest number below that divides the batch.
         schedule: of a pipeline: "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble",
-            "ZBVZeroBubble" or "DualPipeV"; all but the first two put two stages on each rank.
+            "ZBVZeroBubble" or "DualPipeV"; all but the first two put two stages on each rank. "auto" takes the fastest
+            that fits, by its order of work and the times of a measured block.
         microbatch_fn: ``function(batch, number)`` that returns the parts, for batches that are not split along
             dimension 0 of their tensors.
         sequence_parallel: also divide the hidden state between cuts along the sequence. ``"auto"``: where proven.
@@ -84,6 +86,10 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         save_distributed_checkpoint: write directories, each rank its parts; ``False`` gathers a plain ``.ckpt``.
         process_group_backend: ``None``: ``"nccl"`` on CUDA, ``"gloo"`` on the CPU.
         timeout: of collectives.
+
+    Attributes:
+        schedule: the one that is used; "auto" before it has been chosen.
+        predicted: by ``schedule="auto"``, what each schedule would take, the chosen one first.
 
     Raises:
         ValueError: an argument with a value that this version does not do, by name.
@@ -120,6 +126,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         super().__init__()
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.options = Options(**given)
+        self.schedule = schedule  # "auto" until there is a plan
+        self.predicted: tuple[Predicted, ...] = ()
         self.save_distributed_checkpoint = save_distributed_checkpoint
         self.plan: ModelPlan | None = None
         self.slices: dict[str, TensorSlice] = {}
@@ -332,11 +340,11 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         """The blocks of each pipeline stage, by their costs; none without a pipeline."""
         if self.layout.pipeline == 1:
             return []
-        return by_cost(plan, self.layout.pipeline * KINDS[self.options.schedule].each)
+        return by_cost(plan, self.layout.pipeline * KINDS[self.schedule].each)
 
     def stages_of_rank(self) -> list[int]:
         """Which of them are this rank's."""
-        kind, here = KINDS[self.options.schedule], self.layout.coordinates(self.global_rank)
+        kind, here = KINDS[self.schedule], self.layout.coordinates(self.global_rank)
         return stages_of(here["pipeline"], self.layout.pipeline, kind.each, kind.placement)
 
     def _whole_norms(self, in_step: bool = False) -> WholeNorms:

@@ -20,6 +20,7 @@ from lightning_bharat.plan.layout import LayoutError
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.propose import named_styles
 from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies.choose import choose_schedule
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
 from lightning_bharat.strategies.schedule import KINDS
 
@@ -45,19 +46,22 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
         return structural_plan(module)
     plan = given if isinstance(given, ModelPlan) else _found_by_rank_zero(strategy, trainer, module)
     strategy.layout.check(plan)
-    _check_stages(strategy, plan)
     if strategy.layout.pipeline > 1 and plan.apart:
         raise PlanError(
             f"pipeline_parallel_size={strategy.layout.pipeline}: the blocks of {plan.blocks!r} can't lie on different "
             f"stages: {plan.apart}. Write pipeline_parallel_size=1, and use data_parallel_size or tensor_parallel_size"
         )
+    if strategy.layout.pipeline > 1 and strategy.options.schedule == "auto":
+        strategy.predicted = choose_schedule(strategy, trainer, module, plan)
+        strategy.schedule = strategy.predicted[0].name if strategy.predicted else "1F1B"
+    _check_stages(strategy, plan)
     return plan
 
 
 def _check_stages(strategy: HybridStrategy, plan: ModelPlan) -> None:
-    ranks, schedule = strategy.layout.pipeline, strategy.options.schedule
-    stages = ranks * KINDS[schedule].each
-    if ranks > 1 and stages > plan.depth:
+    ranks, schedule = strategy.layout.pipeline, strategy.schedule
+    stages = ranks * KINDS[schedule].each if ranks > 1 else 1
+    if stages > plan.depth:
         raise LayoutError(
             f"pipeline_parallel_size={ranks} with schedule={schedule!r}, {stages // ranks} stages on each rank, needs "
             f"{stages} blocks, and {plan.blocks!r} has {plan.depth}; write schedule='1F1B', or at most "

@@ -86,7 +86,7 @@ class Preparation:
         self.plan = planning.plan_for(strategy, trainer, module)
         sequence_cut = context.find_for(strategy, trainer, module) if layout.context > 1 else None
         stages = strategy.stage_blocks(self.plan)
-        split = layout.pipeline > 1 and KINDS[options.schedule].split_backward
+        split = layout.pipeline > 1 and KINDS[strategy.schedule].split_backward
         _lightning.show_whole_summary(trainer, module)
         if layout.tensor > 1:
             sequence, loss = (planning.used(strategy, self.plan, name) for name in ("sequence", "loss"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.strategies.buffers import kept_buffers
@@ -64,16 +65,15 @@ class Difference:
 def held_by(strategy: HybridStrategy) -> Iterator[Held]:
     """Weights, states of optimizers and buffers of this rank, between two steps.
 
-    A weight is divided where tensor ranks hold slices of it, where it is sharded over (some of the) data ranks, and
-    lies on the pipeline stages that need it; it is the same everywhere else.
+    A weight is divided where tensor or expert ranks hold slices of it, and where it is sharded over (some of the) data
+    ranks, and lies on the pipeline stages that need it; it is the same everywhere else.
     """
-    module, rank = strategy.lightning_module, strategy.global_rank
+    module = strategy.lightning_module
     assert module is not None
-    tensor_rank = strategy.layout.coordinates(rank)["tensor"]
 
     def place_of(name: str, parameter: Tensor) -> str:
         stages = [f"stages {strategy.stages.holders.get(name)}"] if strategy.stages is not None else []
-        slices = [f"tensor {tensor_rank}"] if name in strategy.slices else []
+        slices = [f"slice {strategy.slices[name].rank}"] if name in strategy.slices else []
         return ", ".join([*stages, *slices, *_shards(parameter)])
 
     parameter_names(module)  # for its side: sharded parameters are in place
@@ -81,7 +81,20 @@ def held_by(strategy: HybridStrategy) -> Iterator[Held]:
     places = {name: place_of(name, parameter) for name, parameter in parameters.items()}
     yield from _of_parameters(parameters, places, strategy.optimizers)
     for name, buffer in kept_buffers(module):
-        yield Held(f"buffer {name}", EVERYWHERE, local(buffer))
+        if strategy.stages is None:
+            yield Held(f"buffer {name}", EVERYWHERE, local(buffer))
+        elif strategy.stages.rank in (ranks := _stages_around(name, module, strategy.stages)):
+            yield Held(f"buffer {name}", f"stages {ranks}", local(buffer))
+
+
+def _stages_around(name: str, module: nn.Module, stages: Stages) -> list[int]:
+    """The pipeline's ranks that hold parameters of the nearest module around a buffer: they run it."""
+    found = set[int]()
+    while name and not found:
+        name = name.rpartition(".")[0]
+        inside = module.get_submodule(name).named_parameters(name)
+        found = {rank for parameter, _ in inside for rank in stages.holders.get(parameter, ())}
+    return sorted(found)
 
 
 def held_whole(module: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Held]:

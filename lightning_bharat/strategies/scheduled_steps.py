@@ -7,21 +7,26 @@ finds without a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_bharat.checkpoints.stages import Stages
+from lightning_bharat.strategies.choose import took
 from lightning_bharat.strategies.pipeline import Pipeline, Trained
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.token_weights import TokenWeights
+
+FOLLOWED = 3  # the step, from 0, whose bubble is measured: the first ones prepare what later ones use
 
 if TYPE_CHECKING:
     from lightning_bharat.strategies.hybrid import HybridStrategy
@@ -51,7 +56,7 @@ class ScheduledSteps:
             self.module,
             prepared.plan,
             strategy.stage_blocks(prepared.plan),
-            KINDS[options.schedule],
+            KINDS[strategy.schedule],
             strategy.pipeline_group,
             strategy.root_device,
             options.num_microbatches,
@@ -59,7 +64,7 @@ class ScheduledSteps:
             seed=torch.initial_seed() + here["data"],
         )
         strategy.choices["pipeline_parallel_size"] = (
-            f"{strategy.layout.pipeline}, schedule {options.schedule}: blocks "
+            f"{strategy.layout.pipeline}, schedule {strategy.schedule}: blocks "
             + " | ".join(_stage_words(self.pipeline.blocks, prepared.plan.costs))
         )
         rank_of = self.pipeline.rank_of
@@ -91,13 +96,29 @@ class ScheduledSteps:
                 return done.factor
             return done.factor * tokens.weigh_counted(done.labels, divided_by, earlier, self.strategy.root_device)
 
-        self.prepared.scheduled(run)
+        with self._followed():
+            self.prepared.scheduled(run)
         assert done is not None
         self._shared.add()
         self._fresh = [(p, p.grad) for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
         return done.loss
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Where a schedule was chosen by what it would take, say what it took, once."""
+        pipeline, strategy = self.pipeline, self.strategy
+        is_new = strategy.predicted and "measured in step" not in strategy.choices["schedule"]
+        if not is_new or pipeline.steps != FOLLOWED or pipeline.clock.spans is not None:
+            yield
+            return
+        pipeline.begin_timeline()
+        yield
+        timeline = pipeline.end_timeline()
+        words = f"measured in step {FOLLOWED}: {took(timeline.seconds, timeline.bubble)}"
+        strategy.choices["schedule"] += f"; {words}"
+        rank_zero_info(f"schedule {strategy.predicted[0]}, {words}")
 
     def backward(self, loss: Tensor, optimizer: Any) -> Tensor:
         """Lightning's hooks around the gradients that :meth:`train` has made."""

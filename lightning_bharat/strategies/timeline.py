@@ -12,20 +12,9 @@ from typing import Any
 import torch
 from torch.distributed.pipelining import PipelineStage
 
+from lightning_bharat.strategies.simulation import BACKWARD, FORWARD, INPUT, WEIGHT, Span, Work, bubble, length, play
+
 LATEST = 64  # passes that costs are the median of
-FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward of inputs", "backward of weights"
-
-
-@dataclass(frozen=True)
-class Span:
-    """One piece of work: seconds since the step began on all ranks."""
-
-    rank: int
-    stage: int
-    microbatch: int
-    kind: str
-    start: float
-    end: float
 
 
 class Clock:
@@ -137,7 +126,7 @@ class Timeline:
     @property
     def seconds(self) -> float:
         """From the first work to the last."""
-        return max(s.end for s in self.spans) - min(s.start for s in self.spans)
+        return length(self.spans)
 
     @property
     def bubble(self) -> float:
@@ -174,37 +163,12 @@ class Timeline:
         ]
 
 
-def bubble(spans: Sequence[Span]) -> float:
-    """Share of the time of all ranks, from the first span to the last, that no span fills."""
-    ranks = len({span.rank for span in spans})
-    whole = ranks * (max(s.end for s in spans) - min(s.start for s in spans))
-    return 1 - sum(s.end - s.start for s in spans) / whole if whole else 0.0
-
-
 def simulated(spans: Sequence[Span]) -> list[Span]:
     """The same work in the same order on each rank, without waiting for anything but what it needs."""
-    last = max(span.stage for span in spans)
-    means = _means(spans)
-    waiting = {rank: sorted((s for s in spans if s.rank == rank), key=lambda s: s.start) for rank in _ranks(spans)}
-    free = dict.fromkeys(waiting, 0.0)
-    done: dict[tuple[int, int, str], float] = {}
-    found: list[Span] = []
-    while any(waiting.values()):
-        before = len(found)
-        for rank, queue in waiting.items():
-            while queue and all(need in done for need in _needs(queue[0], last)):
-                span = queue.pop(0)
-                start = max([free[rank], *(done[need] for need in _needs(span, last))])
-                end = start + means[span.stage, span.kind]
-                free[rank] = done[span.stage, span.microbatch, _phase(span.kind)] = end
-                found.append(Span(rank, span.stage, span.microbatch, span.kind, start, end))
-        if len(found) == before:
-            raise ValueError("the timeline has work whose input was made by no other")
-    return found
-
-
-def _ranks(spans: Sequence[Span]) -> list[int]:
-    return sorted({span.rank for span in spans})
+    order: dict[int, list[tuple[Work, ...]]] = {}
+    for span in sorted(spans, key=lambda span: span.start):
+        order.setdefault(span.rank, []).append((Work(span.stage, span.microbatch, span.kind),))
+    return play(order, _means(spans))
 
 
 def _means(spans: Sequence[Span]) -> dict[tuple[int, str], float]:
@@ -212,17 +176,3 @@ def _means(spans: Sequence[Span]) -> dict[tuple[int, str], float]:
     for span in spans:
         taken.setdefault((span.stage, span.kind), []).append(span.end - span.start)
     return {key: sum(times) / len(times) for key, times in taken.items()}
-
-
-def _phase(kind: str) -> str:
-    return "backward" if kind in (BACKWARD, INPUT) else kind
-
-
-def _needs(span: Span, last: int) -> list[tuple[int, int, str]]:
-    """What must be done before: by stage, micro-batch and phase."""
-    stage, mb = span.stage, span.microbatch
-    if span.kind == FORWARD:
-        return [(stage - 1, mb, FORWARD)] if stage else []
-    if span.kind == WEIGHT:
-        return [(stage, mb, "backward")]
-    return [(stage, mb, FORWARD)] + ([(stage + 1, mb, "backward")] if stage < last else [])

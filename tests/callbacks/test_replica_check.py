@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_bharat.cli import main
 from lightning_bharat.strategies.data import local
 from lightning_bharat.strategies.digest import CHUNK, digest
 from tests.cli.project import QUIET, Project
+from tests.experts import TrainedGPT
 from tests.modules import Rows, Trained, fit
 from tests.ranks import run_ranks
 
@@ -27,6 +29,7 @@ TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
 STAGES: dict[str, Any] = {"pipeline_parallel_size": 2}
 NORM = "model.layers.1.norm1.weight"
 TIED = "model.model.model.embed_tokens.weight"
+EXPERT = "model.layers.1.mlp.experts.down_proj"
 NO_MAJORITY = ", and no value is that of most of them"
 
 
@@ -85,6 +88,14 @@ CASES: dict[str, tuple[int, dict[str, Any], Any, str, int, str]] = {
         3,
         f"model.norm.weight is not the same on rank 2 (data 1, tensor 0), rank 3 (data 1, tensor 1){NO_MAJORITY}.",
     ),
+    "context 2": (
+        2,
+        {"context_parallel_size": 2},
+        "nano",
+        NORM,
+        1,
+        f"{NORM} is not the same on rank 0 (context 0), rank 1 (context 1){NO_MAJORITY}.",
+    ),
     "replicate 2 × shard 2": (
         4,
         {"replicate_size": 2},
@@ -139,6 +150,23 @@ def test_one_bit(name: str) -> None:
     assert first.startswith(f"after step 2, {words}"), first
     assert all(other == first for other in others)
     assert "They were the same at step 0." in first and "more differ" not in first
+
+
+def _experts(spoil: bool) -> str:
+    strategy = {**TENSOR, "expert_parallel_size": 2}
+    callbacks = [Spoil(EXPERT, 3, 2) if spoil else L.Callback(), ReplicaCheck(1)]
+    try:
+        fit(partial(TrainedGPT, bias_update_speed=0.05), strategy, 3, callbacks=callbacks)
+    except ReplicaError as error:
+        return str(error)
+    return "nothing was found"
+
+
+def test_experts() -> None:
+    """Experts of data ranks are others, and those of their tensor ranks the same."""
+    assert run_ranks(_experts, 4, False) == ["nothing was found"] * 4
+    found = run_ranks(_experts, 4, True)[0]
+    assert found.startswith(f"after step 2, {EXPERT} is not the same on rank 2 (data 1, tensor 0), rank 3 (data 1, ")
 
 
 def _at_the_end(step: int, every: int) -> str:

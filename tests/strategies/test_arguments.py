@@ -32,7 +32,7 @@ GOOD: dict[str, tuple] = {
     "expert_parallel_size": (1, 2),
     "replicate_size": (1, 2),
     "num_microbatches": (None, 1, 2),
-    "schedule": tuple(KINDS),
+    "schedule": (*KINDS, "auto"),
     "sequence_parallel": ("auto", True, False),
     "loss_parallel": ("auto", True, False),
     "token_weighted": (True, False),
