@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ MIXTURES: dict[str, Callable[[], nn.Module]] = {
     "own": own,
     "sigmoid, groups": own_sigmoid,
     "one expert": one_expert,
+    "deep": partial(own, num_hidden_layers=4),
     "qwen3 moe": lambda: _loops(qwen3_moe),
     "mixtral": lambda: _loops(mixtral),
 }
@@ -123,9 +125,9 @@ class TrainedMixture(Trained):
 class TrainedGPT(GPTModule):
     """The package's own module, that keeps what a run can be compared by."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(GPTConfig(**{**SIZES, **options}))
-        sharpened(self)
+    def __init__(self, lazy: bool = False, **options: Any) -> None:
+        super().__init__(GPTConfig(**{**SIZES, **options}), lazy=lazy)
+        sharpened(self)  # nothing yet, if it is lazy
         self.optimizer: dict[str, Any] = {}
         self.seen: list[tuple[float, float]] = []
         self.norm, self.gradients = 0.0, dict[str, Tensor]()

@@ -21,6 +21,7 @@ from lightning_bharat.plan.blocks import block_names
 from lightning_bharat.plan.compare_parts import difference
 from lightning_bharat.plan.cut_modules import SEQUENCE_DIM, become, summed
 from lightning_bharat.plan.exchange import Peers, copy, join, split
+from lightning_bharat.plan.experts import CutExperts
 from lightning_bharat.plan.streams import TensorStream
 from lightning_bharat.plan.whole_attention import ContextError, WholeAttention
 
@@ -214,7 +215,8 @@ class ContextBlock:
             )
 
     def _context_owners(self: Any) -> list[tuple[nn.Module, str]]:
-        return [(owner, name) for owner in self.modules() for name in owner._parameters]
+        apart = (m for m in self.modules() if not isinstance(m, CutExperts))  # experts' tokens come to them
+        return [(owner, name) for owner in apart for name in owner._parameters]
 
 
 @dataclass(frozen=True)

@@ -166,10 +166,12 @@ class CutExperts(nn.Module):
 
     A rank's experts see the tokens of all expert ranks, so their gradients would be sums over these where data ranks
     have means: what goes back through experts is divided by the ranks, and multiplied again where it leaves them.
+    (Context ranks have parts of one loss: their gradients are sums.)
     """
 
     routes: Routes
     experts_of_all: int
+    losses: float
 
     @torch.compiler.disable  # how many tokens travel is known on the host alone
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -182,9 +184,9 @@ class CutExperts(nn.Module):
         even = [here] * routes.size
         loads = routes.all_to_all(load, even, even).view(routes.size, here)  # what each rank has for each expert here
         sent, received = torch.stack((load.view(loads.shape).sum(1), loads.sum(1))).tolist()
-        came = _AllToAll.apply(routes, hidden[order // top_k_index.shape[1]], received, sent, routes.size)
+        came = _AllToAll.apply(routes, hidden[order // top_k_index.shape[1]], received, sent, self.losses)
         out = self._compute(came, loads)
-        back = _AllToAll.apply(routes, out, sent, received, 1 / routes.size)
+        back = _AllToAll.apply(routes, out, sent, received, 1 / self.losses)
         of_tokens = back[order.argsort()].unflatten(0, top_k_index.shape)
         return (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
 
@@ -200,8 +202,19 @@ class CutExperts(nn.Module):
         return super().forward(rows, expert[:, None], rows.new_ones(len(rows), 1))[:number]
 
 
-def cut_experts(part: nn.Module, found: FusedExperts, routes: Routes) -> TensorSlice:
-    """Let ``part``, real or on ``meta``, keep its rank's experts; returns which part of each parameter that is."""
+def cut_experts(part: nn.Module, found: FusedExperts, routes: Routes, losses: float | None = None) -> TensorSlice:
+    """Let ``part`` keep its rank's experts.
+
+    Args:
+        part: real or on ``meta``.
+        found: what it is.
+        routes: the expert ranks.
+        losses: the share of all ranks' losses that is theirs, of which gradients are the mean; as many as ranks if
+            None.
+
+    Returns:
+        Which part of each parameter this rank has.
+    """
     group = routes.group if isinstance(routes, ProcessRoutes) else None
     cut = TensorSlice(0, (found.experts,), routes.size, routes.rank, group)
     for leaf, whole in list(part.named_parameters(recurse=False)):
@@ -210,5 +223,5 @@ def cut_experts(part: nn.Module, found: FusedExperts, routes: Routes) -> TensorS
         part.register_parameter(leaf, piece)
     for attribute in found.counts:
         setattr(part, attribute, found.experts // routes.size)
-    become(part, CutExperts, routes=routes, experts_of_all=found.experts)
+    become(part, CutExperts, routes=routes, experts_of_all=found.experts, losses=losses or routes.size)
     return cut

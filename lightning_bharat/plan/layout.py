@@ -143,13 +143,12 @@ class Layout:
         )
 
     def expert_mesh(self, device_type: str) -> DeviceMesh:
-        """All ranks again, with the data ranks as ``"expert_copies"`` × ``"expert_parallel"``: expert ranks are
+        """All ranks again, with data × context as ``"expert_copies"`` × ``"expert_parallel"``: expert ranks are
         neighbours. Every rank must call it."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        outer, inner = self.pipeline, self.context * self.tensor
-        sizes = {"outer": outer, "expert_copies": self.data // self.expert, "expert_parallel": self.expert}
-        sizes["inner"] = inner
+        copies = self.data * self.context // self.expert
+        sizes = {"outer": self.pipeline, "expert_copies": copies, "expert_parallel": self.expert, "inner": self.tensor}
         return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def check(self, plan: ModelPlan, devices: int | None = None) -> None:

@@ -77,15 +77,12 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
 
     @property
     def expert_mesh(self) -> DeviceMesh:
-        """All ranks, with the axes ``"expert_copies"`` and ``"expert_parallel"`` in the place of the data ranks'."""
+        """All ranks, with the axes ``"expert_copies"`` and ``"expert_parallel"`` in the place of data and context."""
         return _known(self._expert_mesh, "mesh of expert ranks")
 
     @property
     def expert_group(self) -> dist.ProcessGroup:
-        """The data ranks that hold other experts: the data group itself if it has no others. (Groups are brought into
-        one order by their members, so there must be one of these.)"""
-        if self.layout.expert == self.layout.data:
-            return self.data_group
+        """The ranks that hold other tokens and other experts."""
         return self.expert_mesh.get_group("expert_parallel")
 
     @property

@@ -1,4 +1,4 @@
-"""Experts spread over data ranks: proven on rank 0, cut on all."""
+"""Experts spread over data and context ranks: proven on rank 0, cut on all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def spread_experts(
     slices: dict[str, TensorSlice] = {}
     for each in found:
         part = module.get_submodule(each.name)
-        cut = cut_experts(part, each, routes)
+        cut = cut_experts(part, each, routes, ranks / strategy.layout.context)
         slices |= {f"{each.name}.{leaf}": cut for leaf, _ in part.named_parameters(recurse=False)}
     counts = sorted({each.experts for each in found})
     strategy.choices["expert_parallel_size"] = (

@@ -58,7 +58,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         pipeline_parallel_size: stages of consecutive blocks, each on other ranks. ``"auto"`` is 1.
         context_parallel_size: ranks that hold parts of the sequence of the same batches, in blocks; the rest of the
             model is whole on each.
-        expert_parallel_size: ranks over which experts are spread, taken out of the data ranks, which it divides.
+        expert_parallel_size: ranks over which experts are spread, taken out of the data and context ranks.
         replicate_size: copies of the divided parameters among the data ranks (hybrid sharding); divides the data size.
         num_microbatches: parts of a batch that follow one another through a pipeline. ``None``: twice the stages, or
             the largest number below that divides the batch.

@@ -97,20 +97,16 @@ class Options:
                 f"sizes that do: {_divisors(data)}"
             )
         expert = self.expert_parallel_size
-        if data % expert:
+        if data * context % expert:
+            over = f"{data} data ranks" + (f" × {context} context ranks" if context > 1 else "")
             raise LayoutError(
-                f"expert_parallel_size={expert} does not divide the {data} data ranks, over which experts are spread; "
-                f"sizes that do: {_divisors(data)}"
+                f"expert_parallel_size={expert} does not divide the {over}, over which experts are spread; "
+                f"sizes that do: {_divisors(data * context)}"
             )
         if expert > 1 and self.replicate_size > 1:
             raise LayoutError(
                 f"expert_parallel_size={expert} with replicate_size={self.replicate_size}: experts are divided over "
                 "all data ranks; write replicate_size=1"
-            )
-        if expert > 1 and context > 1:
-            raise LayoutError(
-                f"expert_parallel_size={expert} with context_parallel_size={context}: context ranks sum gradients of a "
-                "whole block, from which experts are divided apart; write 1 for one of them in this version"
             )
         return Layout(data, tensor, pipeline, context, expert, self.replicate_size)
 

@@ -145,19 +145,20 @@ def _total_norm(
     pipeline: dist.ProcessGroup | None,
     copies: Callable[[Tensor], int],
 ) -> Tensor:
-    parts: dict[tuple[int, frozenset[dist.ProcessGroup]], list[Tensor]] = {}
+    parts: dict[tuple[int, tuple[dist.ProcessGroup, ...]], list[Tensor]] = {}
     known: Divided = {}
     dtype = torch.float32
     for parameter in parameters:
         if parameter.grad is None:
             continue
         grad, groups = local_piece(parameter.grad, known)
-        over = frozenset((*groups, *groups_of(parameter)))
+        over = tuple(dict.fromkeys((*groups, *groups_of(parameter))))
         parts.setdefault((copies(parameter), over), []).append(grad)
         dtype = torch.promote_types(dtype, grad.dtype)
     sums = {key: _sum_of_powers(grads, norm_type, dtype, device) for key, grads in parts.items()}
     operation = dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM
-    for group in sorted({group for _, over in sums for group in over}, key=_axis):
+    # Two groups may have the same members: these stay in the order of the parameters, as on all ranks.
+    for group in sorted(dict.fromkeys(group for _, over in sums for group in over), key=_axis):
         inside = [key for key in sums if group in key[1]]
         packed = torch.stack([sums[key] for key in inside])
         dist.all_reduce(packed, operation, group=group)

@@ -77,7 +77,7 @@ class Preparation:
         device = strategy.root_device
         units = find_units(module)
         self._blocks = len(units)  # of all stages: each rank says the same
-        divided = layout.data > 1 or options.offload
+        divided = layout.data > 1 or layout.expert > 1 or options.offload
         if divided or layout.tensor > 1 or layout.context > 1:
             refuse_module(module, units, divided)
         start = Initializer(module, options.weights)

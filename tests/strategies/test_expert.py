@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_bharat.callbacks import ReplicaCheck
 from tests.experts import TrainedGPT, TrainedMixture, held
 from tests.modules import Result, Trained, assert_equal, fit
 from tests.ranks import RanksFailed, run_ranks
@@ -61,11 +62,41 @@ def test_unchanged_hugging_face_models() -> None:
     compare(2, ("qwen3 moe", EXPERT), ("mixtral", EXPERT), tolerance=1e-6)
 
 
+STAGED = {**EXPERT, "pipeline_parallel_size": 2, "num_microbatches": 2}
+PARTS = {**EXPERT, "context_parallel_size": 2}
+
+
 def test_with_tensor_ranks_and_with_pipeline_stages() -> None:
-    staged = {**EXPERT, "pipeline_parallel_size": 2, "num_microbatches": 2}
-    found = compare(4, ("own", {**EXPERT, "tensor_parallel_size": 2}), ("own", staged))
+    found = compare(4, ("own", {**EXPERT, "tensor_parallel_size": 2}), ("own", STAGED))
     assert "proven for 2 tensor ranks" in found[0].explain
     assert "Layout(data=2, pipeline=2, expert=2)" in found[1].explain
+
+
+def test_with_context_ranks_out_of_which_they_are_taken_too() -> None:
+    found = compare(2, ("own", PARTS))
+    assert "Layout(context=2, expert=2)" in found[0].explain
+    compare(
+        4, ("own", PARTS), ("own", {**PARTS, "expert_parallel_size": 4}), ("own", {**PARTS, "tensor_parallel_size": 2})
+    )
+
+
+def test_on_eight_ranks_of_tensor_pipeline_and_context() -> None:
+    compare(8, ("deep", {**PARTS, **STAGED, "tensor_parallel_size": 2}))
+
+
+def test_with_schedules_that_split_the_backward_pass() -> None:
+    kinds = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    compare(4, *(("deep", {**STAGED, "schedule": kind, "num_microbatches": 4}) for kind in kinds))
+
+
+def test_pieces_of_experts_are_no_copies() -> None:
+    """A check of what ranks hold the same finds nothing."""
+    run_ranks(_checked, 4, EXPERT)
+    run_ranks(_checked, 4, {**PARTS, "expert_parallel_size": 4})
+
+
+def _checked(strategy: dict[str, Any]) -> None:
+    fit(partial(TrainedMixture, "own"), strategy, steps=2, callbacks=[ReplicaCheck(1)])
 
 
 BALANCED = {"router_aux_loss_coef": 0.1, "bias_update_speed": 0.05}
@@ -82,15 +113,32 @@ def _balanced(strategy: dict[str, Any] | None, options: dict[str, Any]) -> tuple
     return found, [layer.mlp.gate.bias_steps.tolist() for layer in made[0].model.layers]
 
 
-@pytest.mark.parametrize("expert", [1, 2])
-def test_balance_is_that_of_the_whole_batch(expert: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "options"),
+    [
+        (2, {}, BALANCED),
+        (2, EXPERT, BALANCED),
+        (4, STAGED, {"bias_update_speed": 0.05}),
+        (2, PARTS, {"bias_update_speed": 0.05, "scoring_func": "sigmoid"}),
+        (2, EXPERT, {"bias_update_speed": 0.05, "lazy": True}),
+    ],
+    ids=str,
+)
+def test_balance_is_that_of_the_whole_batch(ranks: int, strategy: dict[str, Any], options: dict[str, Any]) -> None:
     """The loss, the biases and what is logged of them."""
-    expected, steps = run_ranks(_balanced, 1, None, BALANCED)[0]
-    for found, moved in run_ranks(_balanced, 2, {"expert_parallel_size": expert}, BALANCED):
+    expected, steps = run_ranks(_balanced, 1, {} if "lazy" in options else None, options)[0]
+    for found, moved in run_ranks(_balanced, ranks, strategy, options):
         assert_equal(found, expected)
         assert moved == steps
     assert steps[0] != [0] * 8
-    assert {"balance_loss", "expert_imbalance", "dropped_choices", "router_entropy"} <= expected.metrics.keys()
+    assert {"expert_imbalance", "dropped_choices", "router_entropy"} <= expected.metrics.keys()
+    assert ("balance_loss" in expected.metrics) == ("router_aux_loss_coef" in options)
+
+
+@pytest.mark.parametrize("strategy", [STAGED, {**PARTS, "data_parallel_size": 2}], ids=str)
+def test_a_loss_that_reads_all_blocks_is_refused_where_these_are_apart(strategy: dict[str, Any]) -> None:
+    with pytest.raises(RanksFailed, match="the output of model.layers.0 is read in the loss"):
+        run_ranks(_balanced, 4, strategy, BALANCED)
 
 
 HALF, ALL = 2, 4  # an epoch, and two of them
@@ -100,6 +148,11 @@ def _part(strategy: dict[str, Any] | None, folder: str, steps: int, options: dic
     saving = ModelCheckpoint(folder, "step", every_n_train_steps=HALF, save_on_train_epoch_end=False)
     kept = {"enable_checkpointing": True, "callbacks": [saving]} if steps == HALF else {}
     return fit(partial(TrainedMixture, "own"), strategy, steps=steps, batches=HALF, **kept, **options)
+
+
+@cache
+def _all_of_it() -> Result:
+    return run_ranks(_part, 1, None, "", ALL, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +166,7 @@ def _part(strategy: dict[str, Any] | None, folder: str, steps: int, options: dic
     ids=str,
 )
 def test_any_layout_goes_on_with_what_any_saved(saved: tuple, loaded: tuple, tmp_path: Path) -> None:
-    expected = run_ranks(_part, 1, None, "", ALL, {})[0]
+    expected = _all_of_it()
     run_ranks(_part, saved[0], saved[1], str(tmp_path), HALF, {})
     found = run_ranks(_part, loaded[0], loaded[1], "", ALL, {"ckpt": str(next(tmp_path.glob("step*")))})[0]
     assert_close([*found.seen], expected.seen[HALF:])
@@ -191,7 +244,6 @@ def _refused(change: str, strategy: dict[str, Any]) -> Result:
         ("", 2, {"expert_parallel_size": 3}, "expert_parallel_size=3 does not divide the 2 data ranks"),
         ("", 2, {"expert_parallel_size": 2, "replicate_size": 2}, "write replicate_size=1"),
         ("", 2, {"expert_parallel_size": 2, "activation_checkpointing": "selective"}, 'write "full" or leave it out'),
-        ("", 4, {"expert_parallel_size": 2, "context_parallel_size": 2}, "write 1 for one of them in this version"),
         ("normalizing", 2, {"expert_parallel_size": 2}, r"experts \(Normalizing\) does not compute the same when"),
         ("listed", 2, {"expert_parallel_size": 2}, r"experts \(ModuleList\) is none. That is a module whose"),
         ("", 4, {"expert_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True}, "sequence_parallel"),
