@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,32 +34,40 @@ def main(words: list[str]) -> int:
     except BAD_PROJECT as error:
         say_error("bharat verify", error)
         return 2
-    wholes: dict[int, Record] = {}
     verdicts = []
-    for layout in layouts:
-        try:
-            if layout.data not in wholes:
-                wholes[layout.data] = server.run(run_whole, 1, words, layout.data, timeout=cli.config.timeout)[0]
-        except RanksFailed as error:
-            say_error("bharat verify", f"the module does not run whole: {why(error.outcomes)}")
-            return 1
-        verdicts.append(_compare(server, cli, words, layout, wholes[layout.data]))
+    try:
+        for layout, found in compared(server, cli, layouts):
+            precision = "float64" if cli.config.double else "float32"
+            print(f"1 rank against {layout}, {layout.devices} ranks, {precision}")
+            print(found if isinstance(found, Comparison) else f"NOT EQUAL: {found}", end="\n\n", flush=True)
+            verdicts.append(isinstance(found, Comparison) and found.equal)
+    except RanksFailed as error:
+        say_error("bharat verify", f"the module does not run whole: {why(error.outcomes)}")
+        return 1
     return 0 if all(verdicts) else 1
 
 
-def _compare(server: WarmServer, cli: VerifyCLI, words: list[str], layout: Layout, whole: Record) -> bool:
-    """Run ``layout`` and print how it differs; whether it is equal."""
-    precision = "float64" if cli.config.double else "float32"
-    print(f"1 rank against {layout}, {layout.devices} ranks, {precision}", flush=True)
-    parts = (words, layout, whole.batches, whole.start)
-    try:
-        cut = _together(server.run(run_cut, layout.devices, *parts, timeout=cli.config.timeout), layout)
-    except RanksFailed as error:
-        print(f"NOT EQUAL: {why(error.outcomes)}", end="\n\n")
-        return False
-    comparison = Comparison(whole, cut, *_TOLERANCES[cli.config.double])
-    print(comparison, end="\n\n")
-    return comparison.equal
+def compared(
+    server: WarmServer, cli: VerifyCLI, layouts: Sequence[Layout]
+) -> Iterator[tuple[Layout, Comparison | str]]:
+    """Run each of ``layouts``; yields how it differs from one rank, or why it does not run.
+
+    Raises:
+        RanksFailed: the module does not run on one rank.
+    """
+    words, timeout = cli.words, cli.config.timeout
+    wholes: dict[int, Record] = {}
+    for layout in layouts:
+        if layout.data not in wholes:
+            wholes[layout.data] = server.run(run_whole, 1, words, layout.data, timeout=timeout)[0]
+        whole = wholes[layout.data]
+        parts = (words, layout, whole.batches, whole.start)
+        try:
+            cut = _together(server.run(run_cut, layout.devices, *parts, timeout=timeout), layout)
+        except RanksFailed as error:
+            yield layout, why(error.outcomes)
+        else:
+            yield layout, Comparison(whole, cut, *_TOLERANCES[cli.config.double])
 
 
 def _together(records: list[Record], layout: Layout) -> Record:

@@ -44,6 +44,7 @@ class VerifyCLI(InspectionCLI):
     """The parser of ``bharat verify``, for the command and for its ranks."""
 
     def __init__(self, words: list[str]) -> None:
+        self.words = words
         super().__init__("bharat verify", DESCRIPTION, words)
 
     def add_options(self, parser: LightningArgumentParser) -> None:

@@ -1,11 +1,14 @@
-"""Copies of modules and of what they are called with, for runs that must leave the module itself as it is."""
+"""Copies of modules and of what they are called with, for runs that must leave the originals as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,3 +50,25 @@ def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of Hugging Face's blocks without their key-value cache, which would grow again in a second run."""
     empty = {name: None for name in ("cache", "past_key_values", "layer_past") if name in kwargs}
     return {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}  # type: ignore[dict-item]
+
+
+def copy_around_tensors(x: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """A deep copy of ``x`` with ``of_tensor(tensor)`` for each tensor in it (a key-value cache holds some).
+
+    Returns:
+        ``x`` itself if it can't be copied.
+    """
+    with _OfTensors(of_tensor), suppress(Exception):
+        return deepcopy(x)
+    return x
+
+
+class _OfTensors(TorchFunctionMode):
+    """What a deep copy takes for a tensor."""
+
+    def __init__(self, of_tensor: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.of_tensor = of_tensor
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self.of_tensor(args[0]) if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import UNCUT, PlanError, block_list, block_names, kinds_of
-from lightning_bharat.plan.copies import copy_module, without_cache
+from lightning_bharat.plan.copies import copy_around_tensors, copy_module
 from lightning_bharat.plan.exchange import OnePeer
 from lightning_bharat.plan.flops import FlopCounter
 from lightning_bharat.plan.sources import FromBlock, Sources
@@ -29,15 +27,18 @@ Step = Callable[[Any, Any], Any]
 
 @dataclass
 class Call:
-    """How a block was called: fake tensors in their places, everything else as copied before the call, and no cache."""
+    """How a block was called: fake tensors in their places, everything else as the first block got it."""
 
     args: tuple
     kwargs: dict[str, Any]
 
-    @classmethod
-    def copied(cls, args: tuple, kwargs: dict[str, Any]) -> Call:
-        """The same tensors; all else copied now, before a block changes it (a key-value cache)."""
-        return cls(*tree_map(_keep, (args, kwargs)))
+    def copied(self, of_tensor: Callable[[Tensor], Tensor]) -> Call:
+        """A copy, with ``of_tensor(tensor)`` for each tensor."""
+
+        def one(x: Any) -> Any:
+            return of_tensor(x) if isinstance(x, Tensor) else copy_around_tensors(x, of_tensor)
+
+        return Call(*tree_map(one, (self.args, self.kwargs)))
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class _Watch(Answers):
         self.owners: dict[int, set[str]] = {}
         self.names: dict[int, str] = {}
         self.outputs: dict[int, tuple[int, Tensor]] = {}
+        self.given: dict[int, tuple[Any, Any]] = {}  # by id, with its copy; the original is kept so that ids stay
         self.handles: list[Any] = []
         self.inside: int | None = None
         self.entered: Tensor | None = None
@@ -268,8 +270,8 @@ class _Watch(Answers):
         if i == 0:
             self.counted[0] = self.counter.total
         self.entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if seen.kinds[i] not in seen.calls:
-            seen.calls[seen.kinds[i]] = Call.copied(args, without_cache(kwargs))
+        given = tree_map(self._as_given, (args, kwargs))
+        seen.calls.setdefault(seen.kinds[i], Call(*given))
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         if i == 0:
             first = (place for place, x in places if isinstance(x, Tensor) and x.is_floating_point())
@@ -280,6 +282,14 @@ class _Watch(Answers):
             seen.between = seen.between or f"{seen.names[i]} does not read what {seen.names[i - 1]} returned"
         elif came[0] != seen.hidden:
             seen.hidden = came[0]
+
+    def _as_given(self, x: Any) -> Any:
+        """A tensor itself; of all else a copy as it was before the first block changed it (a key-value cache)."""
+        if isinstance(x, Tensor):
+            return x
+        if id(x) not in self.given:
+            self.given[id(x)] = x, copy_around_tensors(x, _same)
+        return copy_around_tensors(self.given[id(x)][1], _same)
 
     def _leaving(self, name: str, block: int | None) -> Callable:
         def hook(_: nn.Module, args: tuple, out: Any) -> Any:
@@ -368,12 +378,8 @@ class _Watch(Answers):
             seen.random |= bool(p) and bool(training)
 
 
-def _keep(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x
-    with suppress(Exception):  # what cannot be copied is passed on as it is
-        return copy.deepcopy(x)
-    return x
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 _RANDOM = {F.dropout, torch.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, torch.bernoulli, Tensor.bernoulli_}

@@ -14,7 +14,6 @@ from math import gcd
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import PlanError
@@ -110,8 +109,8 @@ def _feeds(seen: Observation, block: nn.Module, call: Call, allowed: dict[str, s
 
             handles.append(module.register_forward_hook(note))
     with seen.mode, Answers(), Alone():
-        call = Call.copied(call.args, call.kwargs)
-        args, kwargs = tree_map(_as_leaf, (call.args, call.kwargs))
+        call = call.copied(_as_leaf)
+        args, kwargs = call.args, call.kwargs
         block(*args, **kwargs)
     hidden = args[seen.hidden] if isinstance(seen.hidden, int) else kwargs.get(seen.hidden)
     for handle in handles:
@@ -127,9 +126,9 @@ def _feeds(seen: Observation, block: nn.Module, call: Call, allowed: dict[str, s
     return feeds
 
 
-def _as_leaf(x: Any) -> Any:
+def _as_leaf(x: Tensor) -> Tensor:
     """A fresh leaf that requires a gradient, so that what a linear reads can be traced to it."""
-    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return x.detach().requires_grad_() if x.is_floating_point() else x
 
 
 def _reached(start: Any, produced: dict[Any, str], hidden: Tensor | None) -> set[str] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_bharat.plan.alone import Alone
@@ -138,7 +138,7 @@ class Sample:
             evaluation = self._pass(block)
             with torch.no_grad():
                 # torch's own layers take another way here, if nothing watches
-                evaluated = _tensors(block, copy.deepcopy(self.call))
+                evaluated = _tensors(block, self.call.copied(_afresh))
             return _Run(evaluation, *self._train(block), evaluated)
 
     def _train(self, block: nn.Module) -> tuple[_Pass, dict[str, Tensor]]:
@@ -155,7 +155,7 @@ class Sample:
         return training, after
 
     def _pass(self, block: nn.Module, backward: bool = True) -> _Pass:
-        call = copy.deepcopy(self.call)
+        call = self.call.copied(_afresh)
         block.zero_grad()
         outputs = [o for o in _tensors(block, call) if o.requires_grad]
         if not self.seeds:
@@ -300,5 +300,8 @@ def _mask(shape: torch.Size) -> Tensor:
 
 
 def _real_call(call: Call, generator: torch.Generator) -> Call:
-    args, kwargs = tree_map(lambda x: x, (call.args, call.kwargs))
-    return Call(*tree_map_only(Tensor, lambda x: _real(x, generator), (args, kwargs)))
+    return call.copied(lambda x: _real(x, generator))
+
+
+def _afresh(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)

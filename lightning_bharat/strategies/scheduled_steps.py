@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,19 +161,24 @@ class SharedGradients:
             for on in sorted(set(map(tuple, mine.values())))
         }
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        self._shared = [(parameters[name], tuple(on)) for name, on in sorted(mine.items())]
-        self.holders = {id(parameter): len(on) for parameter, on in self._shared}
+        self._shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for name, on in sorted(mine.items()):
+            self._shared.setdefault(tuple(on), []).append(parameters[name])
+        self.holders = {id(parameter): len(on) for on, shared in self._shared.items() for parameter in shared}
+        self._device = stages.device
 
     @torch.no_grad()
     def add(self) -> None:
-        """Sum the gradients. All ranks of the pipeline must call it."""
-        for parameter, on in self._shared:
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grad = parameter.grad
-            dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self._groups[on])
+        """Sum the gradients. What no stage has a gradient of has none after it, as on one process. All ranks of the
+        pipeline must call it."""
+        for on in sorted(self._shared):
+            group, shared = self._groups[on], [p for p in self._shared[on] if p.requires_grad]
+            reached = torch.tensor([p.grad is not None for p in shared], dtype=torch.uint8, device=self._device)
+            dist.all_reduce(reached, dist.ReduceOp.MAX, group=group)
+            for parameter in compress(shared, reached.tolist()):
+                grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=group)
+                parameter.grad = grad
 
 
 def _stage_words(stages: list[range], costs: Sequence[int]) -> list[str]:

@@ -60,7 +60,15 @@ class Sums(Deep):
         return loss
 
 
-MODULES = {"deep": Deep, "lengths": Lengths, "frozen": Frozen, "sums": Sums}
+class Unused(Deep):
+    """Has a layer that no step reaches: without a gradient, it must not decay either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = torch.nn.Linear(3, 3)
+
+
+MODULES = {"deep": Deep, "lengths": Lengths, "frozen": Frozen, "sums": Sums, "unused": Unused}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "changing lengths": ("lengths", {"last": 2}),
     "a frozen stage": ("frozen", {}),
@@ -68,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "value clipping": ("deep", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "ragged labels": ("deep", {"ragged": True}),
     "one row at the end": ("deep", {"last": 2, "batch": 6}),
+    "a layer that nothing uses": ("unused", {"accumulate_grad_batches": 2}),
 }
 
 
