@@ -112,7 +112,7 @@ def _feeds(seen: Observation, block: nn.Module, call: Call, allowed: dict[str, s
         call = call.copied(_as_leaf)
         args, kwargs = call.args, call.kwargs
         block(*args, **kwargs)
-    hidden = args[seen.hidden] if isinstance(seen.hidden, int) else kwargs.get(seen.hidden)
+    hidden = args[seen.hidden] if isinstance(seen.hidden, int) else kwargs.get(seen.hidden or "")
     for handle in handles:
         handle.remove()
     feeds: dict[str, tuple[str, ...]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.families import FAMILIES, verdicts
+from benchmarks.families import verdicts
 from tests.ranks import server
 
 # Each is here for something that no other test has: a cache that is filled between blocks, experts, a recurrence,
@@ -22,9 +22,3 @@ def test_blocks_that_read_one_another_s_bias_stay_on_one_stage() -> None:
     found = verdicts(server, "t5", ["tensor=2", "pipeline=2"])
     assert found["tensor=2"] == "equal"
     assert "an output beside the hidden state of model.decoder.block.0 is read in model.decoder" in found["pipeline=2"]
-
-
-def test_what_does_not_run_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES["llama"].config, "num_attention_heads", 5)
-    found = verdicts(server, "llama", ["data=2"])
-    assert found["data=2"].startswith("does not run on one rank: ")
