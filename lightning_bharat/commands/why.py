@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_bharat.cluster.outcome import RankOutcome
 from lightning_bharat.commands.project import BAD_PROJECT
+from lightning_bharat.plan.whole_attention import ContextError
 from lightning_bharat.strategies.buffers import BuffersError
 from lightning_bharat.strategies.initialize import InitializeError
 from lightning_bharat.strategies.loaders import LoaderError
@@ -16,7 +17,16 @@ from lightning_bharat.strategies.stage_metrics import MetricError
 from lightning_bharat.strategies.token_weights import TokenWeightError
 
 _BY_STRATEGY = (
-    *(BuffersError, InitializeError, LoaderError, MetricError, MicrobatchError, ModuleError, OptimizerError),
+    *(
+        BuffersError,
+        ContextError,
+        InitializeError,
+        LoaderError,
+        MetricError,
+        MicrobatchError,
+        ModuleError,
+        OptimizerError,
+    ),
     *(PipelineError, RecordingError, TokenWeightError, NotImplementedError),
 )
 

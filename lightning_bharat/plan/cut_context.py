@@ -165,8 +165,8 @@ class ContextBlock:
         return tree_map_with_path(part, (args, kwargs))
 
     def context_meet(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a call: where other tensors are given than in the proof (a mask, since some rows are padded), compare
-        with the whole once.
+        """Before a call: compare with the whole once, on the values and the length that are trained with, and again
+        where other tensors are given (a mask, since some rows are padded).
 
         Raises:
             ContextError: on all context ranks: it is not the same.
@@ -196,12 +196,11 @@ class ContextBlock:
         mine = _leaves(pieces, named)[flow.cut.hidden]
         away, wrong = difference(on_parts, on_whole, mine, flow.peers)
         if wrong:
-            new = ", ".join(sorted(map(_words, given ^ self.context_axes.keys()))) or "other tensors"
+            new = ", ".join(sorted(map(_words, given - self.context_axes.keys())))
+            said = f" It is given {new}, unlike in the step that was proven." if new else ""
             raise ContextError(
                 f"{self.context_place.name} does not compute the same on parts of the sequence of {flow.time}: its "
-                f"output differs by {away:.1e} of what it adds to the hidden state here. Unlike in the step that was "
-                f"proven it is called with or without {new}; write context_parallel_size=1, or give the same in "
-                "each batch, the first one too"
+                f"output differs by {away:.1e} of what it adds to the hidden state.{said} Write context_parallel_size=1"
             )
         self.context_met.add(given)
 
@@ -262,16 +261,20 @@ def cut_context(
     """
     flow, names = ContextFlow(peers, cut, split_backward), block_names(module)
     stages = stages or [range(len(names))]
+    met: dict[str, set[frozenset[str]]] = {kind: set() for kind in cut.kinds}
     firsts, lasts = {stage.start for stage in stages}, {stage.stop - 1 for stage in stages}
     for i, (name, kind) in enumerate(zip(names, cut.kinds, strict=True)):
-        divide_block(module.get_submodule(name), kind, flow, Place(name, i in firsts, i in lasts))
+        divide_block(module.get_submodule(name), kind, flow, Place(name, i in firsts, i in lasts), met[kind])
     return flow
 
 
-def divide_block(block: nn.Module, kind: str, flow: ContextFlow, place: Place) -> None:
-    """Make ``block`` work on parts."""
+def divide_block(
+    block: nn.Module, kind: str, flow: ContextFlow, place: Place, met: set[frozenset[str]] | None = None
+) -> None:
+    """Make ``block`` work on parts. ``met``: with which tensors blocks of this kind were compared with the whole;
+    ``None``: it is not compared."""
     axes = flow.cut.axes[kind]
-    met = {frozenset(axes)}
+    met = {frozenset(axes)} if met is None else met
     become(block, ContextBlock, context_flow=flow, context_place=place, context_axes=axes, context_met=met)
     # Not in its forward, which may be computed again.
     block.register_forward_pre_hook(_meet, with_kwargs=True)

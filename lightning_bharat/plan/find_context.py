@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from lightning_bharat.plan.blocks import block_list
@@ -19,6 +20,12 @@ from lightning_bharat.plan.whole_attention import ContextError
 
 WHOLE = -1
 TOLERANCE = 1e-6  # some norms sum up gradients in float32 whatever they get, here in another order
+# By one number they decide of a whole row or channel, of which context ranks hold parts.
+_APART = (
+    *(torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.randint, torch.bernoulli, torch.normal),
+    *(Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.random_, torch.multinomial),
+    *(F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout),
+)
 UNCUT = "write context_parallel_size=1, and use data_parallel_size or tensor_parallel_size"
 
 
@@ -46,6 +53,12 @@ def find_context_cut(module: nn.Module, step: Step, batch: Any, ranks: int) -> C
     seen = short if short is not None and short.program == long.program else long
     if problem := seen.between or seen.apart:
         raise ContextError(f"{asked}: the sequence can't be divided in the blocks alone: {problem}; {UNCUT}")
+    for name, function in seen.program:
+        if function in _APART:
+            raise ContextError(
+                f"{asked}: {name} draws random numbers by {function.__name__}, other ones on each rank, which may be "
+                f"for whole rows, of which each rank has a part; use F.dropout, or {UNCUT}"
+            )
     cut = _observed(long, short, seen, batch, asked)
     _check_length(cut, long, ranks, asked)
     for kind in dict.fromkeys(seen.kinds):

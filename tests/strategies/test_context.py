@@ -229,7 +229,7 @@ class Dropping(FusedBlock):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         dropped = F.dropout(torch.ones_like(x), 0.5, self.training)
-        if type(dropped) is Tensor and dropped.dtype == torch.float64:
+        if torch.is_grad_enabled() and type(dropped) is Tensor and dropped.dtype == torch.float64:
             self.kept.append(dropped.detach() != 0)
         return x * dropped
 
@@ -292,6 +292,25 @@ class Summed(FusedBlock):
         return super().forward(x + x.cumsum(1) / 10)
 
 
+class Far(FusedBlock):
+    """Mixes positions that are further apart than the proof's sequence is long."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__(width)
+        self.mix = nn.Conv1d(width, width, 3, padding=14, dilation=14)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.mix(x.mT).mT)
+
+
+class DropsRows(FusedBlock):
+    """Leaves out what it adds for some rows (stochastic depth)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x.new_empty(len(x), 1, 1).bernoulli_(0.99) if self.training else 1
+        return x + (super().forward(x) - x) * kept
+
+
 class Own(Trained):
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
@@ -330,9 +349,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], int, str]] = {
         "layers.0 does not compute the same on parts of the sequence: output",
     ),
     "a running sum": (partial(Own, Summed), 2, "layers.0 does not compute the same on parts of the sequence: output"),
+    "a far convolution": (partial(Own, Far), 2, "does not compute the same on parts of the sequence of 32: its output"),
+    "rows that are dropped": (partial(Own, DropsRows), 2, "layers.0 draws random numbers by bernoulli_, other ones"),
     "no blocks": (partial(Trained, "stack"), 2, "has no list of them"),
     "a length that does not divide": (Trained, 3, "context_parallel_size=3 does not divide the sequence of 32"),
-    "other arguments later": (partial(HintedLater, mixes=True), 2, "or without argument ['hint']; write context_par"),
+    "other arguments later": (partial(HintedLater, mixes=True), 2, "It is given argument ['hint'], unlike in the step"),
     "no first block later": (partial(Skipping, 0), 2, "model.layers.1 gets a hidden state (8, 32, 48), and not the 16"),
     "no last block later": (partial(Skipping, 2), 2, "the step left the blocks after model.layers.1"),
     "an odd length later": (Shrinking, 2, "the sequence of 31 can't be divided over context_parallel_size=2"),
