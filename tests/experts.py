@@ -104,7 +104,42 @@ MIXTURES: dict[str, Callable[[], nn.Module]] = {
     "deep": partial(own, num_hidden_layers=4),
     "qwen3 moe": lambda: _loops(qwen3_moe),
     "mixtral": lambda: _loops(mixtral),
+    "deepseek v3": lambda: _loops(deepseek_v3),
 }
+
+
+def deepseek_v3() -> nn.Module:
+    """Sigmoid scores in groups, a shared expert, latent attention; its first block is dense."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    return sharpened(
+        Wrapped(
+            DeepseekV3ForCausalLM(
+                DeepseekV3Config(
+                    vocab_size=VOCABULARY,
+                    hidden_size=32,
+                    intermediate_size=48,
+                    moe_intermediate_size=16,
+                    num_hidden_layers=2,
+                    first_k_dense_replace=1,
+                    num_attention_heads=4,
+                    num_key_value_heads=4,
+                    q_lora_rank=16,
+                    kv_lora_rank=16,
+                    qk_rope_head_dim=8,
+                    qk_nope_head_dim=8,
+                    v_head_dim=8,
+                    n_routed_experts=8,
+                    n_shared_experts=1,
+                    num_experts_per_tok=2,
+                    n_group=4,
+                    topk_group=2,
+                    bos_token_id=1,
+                    eos_token_id=2,
+                )
+            )
+        )
+    )
 
 
 def _loops(make: Callable[[], nn.Module]) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from lightning_bharat.checkpoints import CheckpointError, load_weights
 from lightning_bharat.models.gpt import GPT, GPTConfig
 from lightning_bharat.models.moe import MixtureOfExperts, Router, Spread, balance_loss
+from lightning_bharat.models.upcycle import is_dense, upcycled
 from lightning_bharat.models.weights import Weights, read_weights, under
 
 Batch = dict[str, Tensor]
@@ -38,6 +39,7 @@ class GPTModule(L.LightningModule):
             ``class_path`` such as ``lightning_bharat.models.WarmupCosine`` with ``init_args``; in Python for example
             ``lambda optimizer: WarmupCosine(optimizer, 100, 1000)``. A constant rate if None.
         weights: where to start from, see :func:`read_weights`: own checkpoints and exports, or Hugging Face's Llama.
+            Those of a dense model begin one with experts, see :func:`~lightning_bharat.models.upcycle.upcycled`.
         freeze: patterns of parameters that aren't trained, such as ``model.layers.0.*``.
         lazy: build the model in ``configure_model`` in place of here: on ``meta`` under ``"bharat_hybrid"``, so that no
             process ever holds all of it.
@@ -102,7 +104,7 @@ class GPTModule(L.LightningModule):
         if self.weights is None or not self._is_on_meta:
             return None
         self._start_is_missing = False
-        return under(read_weights(self.weights), "model.")
+        return _given(self.config, self.weights)
 
     def _refuse_another_start(self) -> None:
         if self._start_is_missing:
@@ -189,9 +191,14 @@ def _freeze(module: nn.Module, patterns: list[str]) -> None:
             module.get_parameter(name).requires_grad_(False)
 
 
+def _given(config: GPTConfig, path: str | Path) -> Weights:
+    found = under(read_weights(path), "model.")
+    return upcycled(found, config) if config.num_experts and is_dense(found) else found
+
+
 def _start_from(module: GPTModule, path: str | Path) -> None:
     try:
-        load_weights(module, {}, under(read_weights(path), "model."))
+        load_weights(module, {}, _given(module.config, path))
     except CheckpointError as error:
         raise CheckpointError(f"weights={str(path)!r}: {error}") from error
     module._start_is_missing = False
