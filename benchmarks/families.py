@@ -33,7 +33,7 @@ from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.memory import FirstOf
 from lightning_bharat.strategies.tensor import cut_module
 
-LAYOUTS = ("data=2", "tensor=2", "pipeline=2")
+LAYOUTS = ("data=2", "tensor=2", "pipeline=2", "context=2")
 WORDS, TIME, ROWS = 96, 16, 4  # of a vocabulary, of a text, of a batch
 IMAGE, PATCHES = 16, 4  # pixels each way, and what LLaVA makes of them
 IMAGE_WORD = WORDS - 1

@@ -18,6 +18,11 @@ def test_equal_to_one_rank(family: str) -> None:
     assert found == {"tensor=2": "equal", "pipeline=2": "equal"}
 
 
+@pytest.mark.parametrize("family", ["mixtral", "llava"])
+def test_equal_over_context_ranks(family: str) -> None:
+    assert verdicts(server, family, ["context=2"]) == {"context=2": "equal"}
+
+
 def test_blocks_that_read_one_another_s_bias_stay_on_one_stage() -> None:
     found = verdicts(server, "t5", ["tensor=2", "pipeline=2"])
     assert found["tensor=2"] == "equal"
