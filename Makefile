@@ -36,6 +36,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.context
 	$(BIN)/python -m benchmarks.bubble
 	$(BIN)/python -m benchmarks.schedules
+	$(BIN)/python -m benchmarks.scale
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

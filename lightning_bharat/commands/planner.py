@@ -39,7 +39,7 @@ def planned(trainer: pl.Trainer, module: pl.LightningModule, cluster: Cluster, r
         if set(more) <= set(shares):
             raise
         found, notes = search(shares | more, cluster, rows), [*notes, *said]
-    return "\n".join([f"{cluster}", "", _table(found), "", *dict.fromkeys((*cluster.notes, *notes, *_MEANING))])
+    return "\n".join([f"{cluster}", "", layouts_table(found), "", *dict.fromkeys((*cluster.notes, *notes, *_MEANING))])
 
 
 _MEANING = (
@@ -61,7 +61,8 @@ def _shares(
     return shares, notes
 
 
-def _table(found: list[Choice]) -> str:
+def layouts_table(found: list[Choice]) -> str:
+    """The first of ``found``, and what they take."""
     rows = [_row(choice) for choice in found[:SHOWN]]
     kept = [i for i, name in enumerate(_HEAD) if name not in ("schedule", "saved by") or any(row[i] for row in rows)]
     return table([_HEAD[i] for i in kept], [[row[i] for i in kept] for row in rows])

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
+import numpy as np
 from torch import Tensor, nn
 
 from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.cluster import Cluster, Link
 from lightning_bharat.plan.layout import Layout
-from lightning_bharat.plan.memory import Memory, State, memory_per_rank
+from lightning_bharat.plan.memory import Memory, State, memory_per_rank, of_parameter
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import by_cost, placed
 from lightning_bharat.plan.schedules import NONE, Schedule
@@ -147,11 +148,13 @@ class Estimate:
         self.share, self.cluster = share, cluster
         self.units = find_units(share.module)
         self.work = cache(share.growth.at)
-        self.stages = cache(lambda number: by_cost(share.plan, number))
+        self.stages = partial(_stages, share.plan.costs, share.plan.depth)
         self._static = cache(self._static_of)
         self._stages_of = cache(self._all_stages)
         self._held = cache(self._all_held)
         self._sizes = cache(self._sizes_of)
+        self._parameters = dict(share.module.named_parameters())
+        self._each = cache(self._of_each)
 
     # ---- bytes
 
@@ -185,17 +188,28 @@ class Estimate:
 
     def _static_of(self, shards: int, ranks: int, schedule: Schedule, rank: int) -> Memory:
         """On a rank of a pipeline of ``ranks`` ranks, with ``shards`` data ranks that divide each parameter."""
-        return memory_per_rank(
-            self.share.module, self.units, shards, self.share.state, self._held(ranks, schedule)[rank]
-        )
-
-    def _all_held(self, ranks: int, schedule: Schedule) -> list[set[str] | None]:
-        """Names of the parameters of each rank of a pipeline; ``None``: all."""
         if ranks == 1:
-            return [None]
+            return memory_per_rank(self.share.module, self.units, shards, self.share.state)
+        held = self._held(ranks, schedule)[rank]
+        parameters, gradients, optimizer = map(int, self._each(shards)[held].sum(0))
+        return Memory(parameters, gradients, optimizer, int(self._each(1)[held, 0].sum()) if shards > 1 else 0)
+
+    def _of_each(self, shards: int) -> np.ndarray:
+        """Bytes of (parameters, 3): parameter, gradient and optimizer's states on the fullest data rank."""
+        found = (of_parameter(p, shards, self.share.state) for p in self._parameters.values())
+        return np.array([(of.parameters, of.gradients, of.optimizer) for of in found], dtype=np.int64).reshape(-1, 3)
+
+    def _all_held(self, ranks: int, schedule: Schedule) -> list[np.ndarray]:
+        """Numbers of the parameters of each rank of a pipeline."""
+        if ranks == 1:
+            return [np.arange(len(self._parameters))]
         on = placed(self.share.module, self.share.plan, self.stages(ranks * schedule.each))
-        mine = [set(schedule.stages_of(rank, ranks)) for rank in range(ranks)]
-        return [{name for name, where in on.items() if where & stages} for stages in mine]
+        rank_of = {stage: rank for rank in range(ranks) for stage in schedule.stages_of(rank, ranks)}
+        held: list[list[int]] = [[] for _ in range(ranks)]
+        for number, name in enumerate(self._parameters):
+            for rank in {rank_of[stage] for stage in on[name]}:
+                held[rank].append(number)
+        return [np.array(numbers, dtype=np.int64) for numbers in held]
 
     def _whole(self, setting: Setting, rank: int) -> float:
         """Weights and gradients that are whole at once, where they are divided over data ranks."""
@@ -211,9 +225,8 @@ class Estimate:
 
     def _sizes_of(self, ranks: int, schedule: Schedule, rank: int) -> tuple[float, float]:
         """Bytes of a rank's whole parameters, and of those that are trained."""
-        held = self._held(ranks, schedule)[rank]
-        mine = [p for name, p in self.share.module.named_parameters() if held is None or name in held]
-        return _size(mine), _size(p for p in mine if p.requires_grad)
+        weights, trained, _ = self._each(1)[self._held(ranks, schedule)[rank]].sum(0)
+        return float(weights), float(trained)
 
     @cached_property
     def _units(self) -> tuple[float, float]:
@@ -292,6 +305,12 @@ class Estimate:
         flops = self.cluster.flops * self.cluster.efficiency
         parts = [parts_of(blocks, self.share.plan.depth) for blocks in self.stages(number)]
         return [_stage(work, those, recompute, flops, link, tensor) for those in parts]
+
+
+@cache
+def _stages(costs: tuple[int, ...], depth: int, number: int) -> list[range]:
+    """The same for every number of tensor ranks: blocks are divided by what they cost whole."""
+    return by_cost(ModelPlan("", ("",) * depth, costs=costs), number)
 
 
 def parts_of(blocks: range, depth: int) -> range:

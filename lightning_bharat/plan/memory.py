@@ -59,14 +59,25 @@ def memory_per_rank(
     """
     names = tuple(blocks)
     parameters = [p for name, p in module.named_parameters() if held is None or name in held]
-    own = {p: _on_fullest(p, p.shape, shards) for p in parameters}
     gathered = _gathered(module, names) if held is None else sum(p.numel() * p.itemsize for p in parameters)
-    kept = sum(_on_fullest(t, p.shape, shards) for p in parameters for t in state.get(p, ()))
+    return together((of_parameter(p, shards, state) for p in parameters), gathered if shards > 1 else 0)
+
+
+def of_parameter(parameter: Tensor, shards: int, state: State) -> Memory:
+    """Bytes of one parameter on the fullest of ``shards`` data ranks."""
+    own = _on_fullest(parameter, parameter.shape, shards)
+    kept = sum(_on_fullest(t, parameter.shape, shards) for t in state.get(parameter, ()))
+    return Memory(own, own if parameter.requires_grad else 0, kept, 0)
+
+
+def together(parts: Iterable[Memory], gathered: int = 0) -> Memory:
+    """The bytes of several parameters, and those that are gathered of them."""
+    every = list(parts)
     return Memory(
-        parameters=sum(own.values()),
-        gradients=sum(size for p, size in own.items() if p.requires_grad),
-        optimizer=kept,
-        gathered=gathered if shards > 1 else 0,
+        parameters=sum(part.parameters for part in every),
+        gradients=sum(part.gradients for part in every),
+        optimizer=sum(part.optimizer for part in every),
+        gathered=gathered,
     )
 
 

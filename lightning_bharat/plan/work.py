@@ -8,8 +8,8 @@ what autograd keeps, so that they are those of any model, of its attention's ker
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.alone import Alone
-from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.blocks import PlanError, kinds_of
 from lightning_bharat.plan.exchange import OnePeer
 from lightning_bharat.plan.flops import FlopCounter
 from lightning_bharat.plan.observe import Answers, Step, fake_copy
@@ -231,6 +231,7 @@ class _Watch(FlopCounter):
         self.tallies = [_Tally() for _ in range(self.last + 1)]
         self.kept: dict[str | None, dict[int, tuple[int, set[int]]]] = {mode: {} for mode in MODES}
         self.hidden = self.live = 0
+        self.out: Any = None  # of the latest block
         self.numbers: dict[int, int] = {}
         self.given = iter(count())
         self.own = {id(s): s for s in (w.untyped_storage() for w in (*shell.parameters(), *shell.buffers()))}
@@ -278,6 +279,7 @@ class _Watch(FlopCounter):
 
     def _leaving(self, part: int) -> Callable:
         def hook(_: nn.Module, args: tuple, out: Any) -> None:
+            self.out = out
             hidden = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
             if hidden is not None:
                 self.hidden = max(self.hidden, hidden.numel() * hidden.itemsize)
@@ -340,9 +342,68 @@ def _together(entries: Iterable[tuple[int, set[int]]]) -> tuple[Kept, ...]:
     return tuple(Kept(size, parts) for parts, size in sorted(sums.items()))
 
 
+def _skipped(module: nn.Module, blocks: tuple[str, ...]) -> dict[int, int]:
+    """Of a row of like blocks all but the first two and the last: part -> the second one, which is as they are."""
+    kinds = kinds_of([module.get_submodule(name) for name in blocks])
+    found: dict[int, int] = {}
+    for i in range(2, len(kinds) - 1):
+        if len({*kinds[i - 2 : i + 2]}) == 1:
+            found[i + 1] = found.get(i, i)
+    return found
+
+
+def _filled(work: Work, skipped: dict[int, int]) -> Work | None:
+    """The work with that of blocks which did not run; ``None`` where like blocks were not seen to keep alike."""
+    parts = tuple(work.parts[skipped.get(i, i)] for i in range(len(work.parts)))
+    kept = {}
+    for mode, entries in work.kept.items():
+        sums: dict[tuple[int, ...], float] = {}
+        for entry in entries:
+            ran = {i for i in entry.parts if i not in skipped}
+            if len(ran) > 1 and any((s in ran) != (n in ran) for i, s in skipped.items() for n in _ran(i, s, skipped)):
+                return None
+            alike = {i for i, source in skipped.items() if source in ran}
+            for key in [(i,) for i in ran | alike] if len(ran) == 1 else [tuple(sorted(ran | alike))] if ran else []:
+                sums[key] = sums.get(key, 0) + entry.bytes
+        kept[mode] = tuple(Kept(size, parts) for parts, size in sorted(sums.items()))
+    return replace(work, parts=parts, kept=kept)
+
+
+def _ran(part: int, source: int, skipped: dict[int, int]) -> tuple[int, int]:
+    """The first and the last block of the row in which ``part`` was skipped."""
+    while part in skipped:
+        part += 1
+    return source - 1, part
+
+
+def _stand_in(block: nn.Module, out: Callable[[], Any]) -> None:
+    """Let ``block`` return what the block before it has returned."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out())
+
+    object.__setattr__(block, "forward", forward)
+
+
 def _count(module: nn.Module, blocks: tuple[str, ...], step: Step, batch: Any, peers: CountingPeers) -> Work:
+    """Like blocks compute and keep alike: of many in a row most need not run."""
+    skipped = _skipped(module, blocks)
+    work = _filled(_run(module, blocks, step, batch, peers, skipped), skipped)
+    return work or _run(module, blocks, step, batch, peers, {})
+
+
+def _run(
+    module: nn.Module,
+    blocks: tuple[str, ...],
+    step: Step,
+    batch: Any,
+    peers: CountingPeers,
+    skipped: Collection[int],
+) -> Work:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     watch = _Watch(shell := fake_copy(module, mode).train(), blocks, peers)
+    for part in skipped:
+        _stand_in(shell.get_submodule(blocks[part - 1]), lambda: watch.out)
     try:
         with mode:
             fake = tree_map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x, batch)

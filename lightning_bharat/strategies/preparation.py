@@ -141,8 +141,9 @@ class Preparation:
         strategy, layout = self.strategy, self.strategy.layout
         mesh = strategy.device_mesh["data_parallel"]
         if layout.replicate > 1:
-            shape = (layout.replicate, layout.data // layout.replicate, layout.context * layout.tensor)
-            names = ("replicate", "shard", "same_batch")
+            shards, same_batch = layout.data // layout.replicate, layout.context * layout.tensor
+            shape = (layout.pipeline, layout.replicate, shards, same_batch)  # of all ranks: each must be in it
+            names = ("stages", "replicate", "shard", "same_batch")
             every = init_device_mesh(strategy.root_device.type, shape, mesh_dim_names=names)
             set_timeout(every, strategy.options.timeout)
             mesh = every["replicate", "shard"]

@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_bharat.models import GPT, GPTConfig
+from lightning_bharat.plan import work
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.find import find_plan
-from lightning_bharat.plan.work import CountingPeers, count_work, resized
+from lightning_bharat.plan.work import MODES, CountingPeers, count_work, resized
 from lightning_bharat.strategies.recompute import recompute
 from lightning_bharat.strategies.tensor import cut_module
-from tests.plan.planned import Stack, decoder, of_decoder, of_stack
+from tests.plan.planned import Block, Stack, decoder, of_decoder, of_stack
 
 ALL = range(4)  # before, two blocks, after
 
@@ -102,6 +103,54 @@ def test_tensor_ranks_divide_work_and_activations() -> None:
     whole, half = works
     assert half.parts[1].flops == whole.parts[1].flops / 2
     assert half.kept_bytes(range(1, 3), None) < 0.6 * whole.kept_bytes(range(1, 3), None)
+
+
+def attention_maps(depth: int) -> nn.Module:
+    """Blocks that read something beside the hidden state which the block before them kept as well."""
+
+    class Chained(Block):
+        def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            out = super().forward(x) * scale
+            return out, scale * scale
+
+    class Model(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Chained() for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            scale = x.exp()
+            for block in self.blocks:
+                x, scale = block(x, scale)
+            return self.head(x)
+
+    return Model()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_like_blocks_that_do_not_run_count_as_those_that_do(mode: str | None, tensor: int) -> None:
+    batch = torch.zeros(2, 16, dtype=torch.long)
+    module, names, peers = decoder(7), tuple(f"layers.{i}" for i in range(7)), CountingPeers(tensor)
+    if tensor > 1:
+        plan = find_plan(module, of_decoder, batch, tensor)
+        cut_module(module, replace(plan, random=False), peers, sequence=True, loss=True)
+    rows = resized(batch, 2)
+    skipped = work._skipped(module, names)
+    assert skipped
+    every = work._run(module, names, of_decoder, rows, peers, {})
+    some = work._filled(work._run(module, names, of_decoder, rows, peers, skipped), skipped)
+    assert some is not None
+    assert (some.parts, some.kept[mode], some.hidden) == (every.parts, every.kept[mode], every.hidden)
+
+
+def test_blocks_that_share_what_they_keep_all_run() -> None:
+    model, names, batch = attention_maps(7), tuple(f"blocks.{i}" for i in range(7)), resized(torch.zeros(5, 3), 2)
+    skipped = work._skipped(model, names)
+    assert work._filled(work._run(model, names, of_stack, batch, CountingPeers(1), skipped), skipped) is None
+    found = work._count(model, names, of_stack, batch, CountingPeers(1))
+    assert found == work._run(model, names, of_stack, batch, CountingPeers(1), {})
 
 
 def test_batches_are_resized_by_their_shapes() -> None:

@@ -113,6 +113,17 @@ def _weighted(strategy: dict[str, Any] | None, accumulate: int) -> Result:
     return fit("deep", strategy, **options)
 
 
+def test_copies_of_divided_weights_on_each_stage() -> None:
+    for copies, ranks in ((2, 4), (2, 8)):
+        for found in run_ranks(fit, ranks, Deep, {**STAGES, "replicate_size": copies}, 4, timeout=60):
+            assert_equal(found, _once_deep())
+
+
+@cache
+def _once_deep() -> Result:
+    return fit(Deep, None, 4)
+
+
 @pytest.mark.parametrize("layout", [(2, STAGES), (4, STAGES), (4, ON_EIGHT)], ids=["pipeline", "data", "tensor"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_token_weighted(layout: tuple[int, dict[str, Any]], accumulate: int) -> None:
