@@ -101,6 +101,7 @@ MIXTURES: dict[str, Callable[[], nn.Module]] = {
     "own": own,
     "sigmoid, groups": own_sigmoid,
     "one expert": one_expert,
+    "two experts": partial(own, num_experts=2, num_experts_per_tok=1),
     "deep": partial(own, num_hidden_layers=4),
     "qwen3 moe": lambda: _loops(qwen3_moe),
     "mixtral": lambda: _loops(mixtral),

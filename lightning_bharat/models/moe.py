@@ -202,9 +202,11 @@ def _swiglu(x: Tensor) -> Tensor:
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Whether one call multiplies all experts' rows: in half precision, with rows of a multiple of 16 bytes. Else each
-    expert has a product of its own."""
-    return all(t.dtype in (torch.bfloat16, torch.float16) and t.shape[-1] % 8 == 0 for t in tensors)
+    """Whether one call multiplies all experts' rows: in half precision, with rows of a multiple of 16 bytes, on the CPU
+    or an Ampere GPU and later. Else each expert has a product of its own."""
+    device = tensors[0].device
+    there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+    return there and all(t.dtype in (torch.bfloat16, torch.float16) and t.shape[-1] % 8 == 0 for t in tensors)
 
 
 def count(chosen: Tensor, experts: int) -> Tensor:

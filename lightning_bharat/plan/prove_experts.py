@@ -102,7 +102,7 @@ class _Proof:
 
         def play(rank: int) -> list[Tensor]:
             try:
-                part = copy.deepcopy(self.whole)
+                part = copy.deepcopy(self.whole, {id(p): p for p in self.whole.parameters()})  # large: not copied
                 cut_experts(part, self.found, ThreadRoutes(table, rank))
                 return _pass(part, *inputs[rank])
             except BaseException as error:

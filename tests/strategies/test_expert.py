@@ -48,7 +48,9 @@ def test_experts_over_both_data_ranks() -> None:
 
 
 def test_experts_over_pairs_and_fours_of_data_ranks() -> None:
-    compare(4, ("own", EXPERT), ("one expert", EXPERT), ("own", {"expert_parallel_size": 4}))
+    found = compare(4, ("own", EXPERT), ("one expert", EXPERT), ("own", {"expert_parallel_size": 4}))
+    assert "keep 1/4 of their 8 experts" in found[2].explain
+    compare(4, ("two experts", EXPERT))  # one for each pair: of two copies, one rank holds it
 
 
 def test_each_option_alone() -> None:
