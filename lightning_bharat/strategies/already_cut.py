@@ -23,6 +23,7 @@ _CHANGING = (
     "loss_parallel",
     "schedule",
     "reshard_after_forward",
+    "reduce_dtype",
     "activation_checkpointing",
     "offload",
     "compile",

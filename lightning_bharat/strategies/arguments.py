@@ -16,6 +16,8 @@ from lightning_bharat.plan.propose import STYLES
 from lightning_bharat.plan.work import MODES
 from lightning_bharat.strategies.schedule import KINDS
 
+REDUCED = ("bfloat16", "float32")  # types in which data ranks may average gradients: those with float32's range
+
 _Init = TypeVar("_Init", bound=Callable[..., None])
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -101,6 +103,7 @@ RULES: dict[str, Rule] = {
         lambda value: value is None or _is_flag(value) or _is_size(value),
         "True, False, None or a number of ranks from 1 up",
     ),
+    "reduce_dtype": (_one_of((None, *REDUCED)), f"one of {', '.join(REDUCED)}, or None"),
     "activation_checkpointing": (_one_of(MODES), '"full", "selective" or None'),
     "offload": _FLAG,
     "compile": (
@@ -125,6 +128,12 @@ def check(arguments: Mapping[str, Any]) -> None:
         if not fits(value):
             raise ValueError(f"{name}={_wrong_part(value)!r}: write {wanted}")
     _check_context(arguments)
+    if arguments["reduce_dtype"] is not None and arguments["pipeline_parallel_size"] not in ("auto", 1):
+        raise ValueError(
+            f"reduce_dtype={arguments['reduce_dtype']!r} with pipeline_parallel_size="
+            f"{arguments['pipeline_parallel_size']}: gradients of micro-batches would be added up in that type; "
+            "leave reduce_dtype out"
+        )
 
 
 def _check_context(arguments: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
 from lightning_bharat.plan.elsewhere import is_elsewhere
@@ -33,6 +33,7 @@ class DataShards:
         offload: keep parameters, gradients and optimizer states in the host's memory.
         experts: names of the modules that hold a rank's experts, which are divided over the ranks with the same ones.
         copies: these ranks.
+        reduce_dtype: name of the type in which gradients are averaged; ``None``: their own.
 
     Attributes:
         parameters: divided, as optimizers know them; those of the module may be whole.
@@ -49,6 +50,7 @@ class DataShards:
         offload: bool,
         experts: Iterable[str] = (),
         copies: DeviceMesh | None = None,
+        reduce_dtype: str | None = None,
     ) -> None:
         self.module, self.units = module, units
         for parameter in module.parameters():
@@ -61,6 +63,8 @@ class DataShards:
             keep["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         else:
             keep["offload_policy"] = OffloadPolicy()
+        if reduce_dtype is not None:
+            keep["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
         for name in experts:
             part: Any = module.get_submodule(name)
             if not all(map(is_elsewhere, part.parameters())):

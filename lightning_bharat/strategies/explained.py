@@ -24,6 +24,9 @@ def explained(options: Options, layout: Layout, precision: str) -> Iterator[tupl
     yield "precision", f"{precision}: {_PRECISION.get(precision, 'by its plugin')}"
     if layout.data > 1:
         yield "reshard_after_forward", _reshard(options.reshard_after_forward, layout)
+    if options.reduce_dtype is not None:
+        averaged = f"data ranks average gradients in {options.reduce_dtype}, and keep them in their own type"
+        yield "reduce_dtype", averaged if layout.data > 1 else "not used: there is one data rank"
     weighted = "each label weighs the same, over data ranks and accumulated batches"
     yield "token_weighted", weighted if options.token_weighted else "not used: the mean of each batch's own mean"
     if options.activation_checkpointing is None:

@@ -76,6 +76,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
             finds it.
         reshard_after_forward: free a block's gathered weights between forward and backward (``None``: yes). An ``int``
             divides them over that many ranks meanwhile.
+        reduce_dtype: type in which data ranks average gradients: ``"bfloat16"`` halves what float32 sends; with
+            ``"float32"`` a sum of bfloat16 gradients is rounded once. ``None``: their own. Not with a pipeline.
         activation_checkpointing: ``"full"`` computes blocks again in the backward pass, ``"selective"`` all of a block
             but matrix products and attention.
         offload: keep parameters, gradients and optimizer states in the host's memory.
@@ -115,6 +117,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         microbatch_fn: Callable | None = None,
         plan: dict[str, str] | ModelPlan | None = None,
         reshard_after_forward: bool | int | None = None,
+        reduce_dtype: Literal["bfloat16", "float32"] | None = None,
         activation_checkpointing: Literal["full", "selective"] | None = None,
         offload: bool = False,
         compile: bool | dict[str, Any] = False,
@@ -302,7 +305,9 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         # Rescaling of what is accumulated (token_weighted) needs reduced gradients; a step that optimizes by hand
         # reads, clips and clears gradients, which are in no parameter before they are exchanged.
         by_hand = not self._module().automatic_optimization
-        plain = self._prepared and not (self._tokens or self._pipeline or by_hand)
+        # In another type gradients would be added up in that, so each batch's are reduced, and added up in their own.
+        apart = by_hand or self.options.reduce_dtype is not None
+        plain = self._prepared and not (self._tokens or self._pipeline or apart)
         blocked = self._prepared.without_sync() if self._prepared and plain else nullcontext()
         with blocked:
             yield

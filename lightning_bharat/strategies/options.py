@@ -42,6 +42,7 @@ class Options:
     microbatch_fn: Callable | None
     plan: Any
     reshard_after_forward: bool | int | None
+    reduce_dtype: str | None
     activation_checkpointing: str | None
     offload: bool
     compile: bool | Mapping[str, Any]

@@ -151,7 +151,9 @@ class Preparation:
         # Between the micro-batches of a pipeline weights stay whole.
         reshard = False if layout.pipeline > 1 else options.reshard_after_forward
         copies = strategy.expert_mesh["expert_copies"] if self._experts else None
-        self._shards = DataShards(self.module, mesh, units, reshard, options.offload, self._experts, copies)
+        self._shards = DataShards(
+            self.module, mesh, units, reshard, options.offload, self._experts, copies, options.reduce_dtype
+        )
         blocks = f"{self._blocks} blocks one at a time, the rest for a whole step"
         what = blocks if self._blocks else "the whole module at once"
         if layout.pipeline > 1:

@@ -39,6 +39,7 @@ GOOD: dict[str, tuple] = {
     "microbatch_fn": (None, halves),
     "plan": (None, {}, {"blocks.*.up": "colwise"}, structural_plan(Nano())),
     "reshard_after_forward": (None, True, False, 1, 2),
+    "reduce_dtype": (None, "bfloat16", "float32"),
     "activation_checkpointing": (None, "full", "selective"),
     "offload": (True, False),
     "compile": (True, False, {}, {"backend": "eager"}),
