@@ -206,18 +206,22 @@ class _Join(torch.autograd.Function):
 class _CopyAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, peers: Peers, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.peers = peers
-        ctx.set_materialize_grads(False)  # what was not used has no gradient, as on one rank
+        ctx.peers, ctx.shapes = peers, [x.shape for x in tensors]
+        ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        there = [grad for grad in grads if grad is not None]
-        if not there:
-            return None, *grads
-        flat = ctx.peers.all_reduce(torch.cat([grad.reshape(-1) for grad in there]))
-        pieces = iter(flat.split([grad.numel() for grad in there]))
-        return None, *(None if grad is None else next(pieces).view_as(grad) for grad in grads)
+        one = next(grad for grad in grads if grad is not None)
+        used = one.new_tensor([grad is not None for grad in grads], dtype=one.dtype)
+        whole = [one.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+        flat = ctx.peers.all_reduce(torch.cat([*(grad.reshape(-1) for grad in whole), used]))
+        *pieces, by = flat.split([*(grad.numel() for grad in whole), len(grads)])
+        # What no peer has used has no gradient, as on one rank. (To ask a device waits for it.)
+        users = by.tolist() if any(grad is None for grad in grads) else [1] * len(grads)
+        return None, *(
+            piece.view(shape) if count else None for piece, shape, count in zip(pieces, ctx.shapes, users, strict=True)
+        )
 
 
 class _Exchange(torch.autograd.Function):

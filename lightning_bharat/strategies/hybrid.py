@@ -1,4 +1,4 @@
-"""``strategy="bharat_hybrid"``: an ordinary LightningModule, cut over data, tensor and pipeline ranks."""
+"""``strategy="bharat_hybrid"``: an ordinary LightningModule, cut over data, tensor, pipeline and context ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from lightning_bharat.strategies.whole_norms import WholeNorms, hooks_see_gradie
 
 
 class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
-    """Trains an unchanged LightningModule on data × tensor × pipeline ranks.
+    """Trains an unchanged LightningModule on data × tensor × pipeline × context ranks.
 
     Parameters, gradients and optimizer states are divided over the data ranks by FSDP2; weights of attention heads,
     channels and the vocabulary over the tensor ranks, where a dry run and a proof in float64 show that nothing changes.

@@ -134,6 +134,33 @@ class HintedLater(Trained):
         return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), batch["labels"].flatten())
 
 
+class Uneven(FusedBlock):
+    """Weights that only the later positions use, and weights that none does."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__(width)
+        self.late, self.never = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+        late = place >= 16
+        x = x + late * self.late(x) if late.any() else x
+        return super().forward(x)
+
+
+class UsedByOneRank(Trained):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Nano(Uneven)
+
+    def loss(self, batch: Batch) -> Tensor:
+        ids, model = batch["ids"], self.model
+        place = torch.arange(ids.shape[1], device=ids.device)
+        x = model.token(ids) + model.position(place)
+        for layer in model.layers:
+            x = layer(x, place[None, :, None])
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), batch["labels"].flatten())
+
+
 class Padded(Trained):
     """Hugging Face's own masks, of padding from the second batch on; positions begin anew in the middle in others."""
 
@@ -184,10 +211,11 @@ def test_other_hugging_face_models(kind: str) -> None:
         (OfThreeHeads, "attention gathers keys and values, since its 3 heads do not divide"),
         (Documents, "key-value heads (1) repeated"),
         (HintedLater, "Ulysses"),
+        (UsedByOneRank, "Ulysses"),
         (Padded, "Ulysses"),
         (partial(Padded, packed=True), "Ulysses"),
     ],
-    ids=["three heads", "documents", "other arguments later", "padded", "packed"],
+    ids=["three heads", "documents", "other arguments later", "used by one rank", "padded", "packed"],
 )
 def test_masks_and_heads(module: Callable[[], Trained], said: str) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 0.3, "steps": 4}
