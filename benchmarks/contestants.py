@@ -86,13 +86,16 @@ class _KeepLosses(L.Callback):
         self.losses.append(outputs["loss"])
 
 
-def ours(config: GPTConfig, layout: Layout, microbatches: int) -> tuple[HybridStrategy, ByTrainer]:
+def ours(
+    config: GPTConfig, layout: Layout, microbatches: int, schedule: str = "1F1B"
+) -> tuple[HybridStrategy, ByTrainer]:
     """The strategy of this package, with ``microbatches`` under a pipeline, and its loop."""
     strategy = HybridStrategy(
         data_parallel_size=layout.data,
         tensor_parallel_size=layout.tensor,
         pipeline_parallel_size=layout.pipeline,
         num_microbatches=microbatches if layout.pipeline > 1 else None,
+        schedule=schedule,
     )
     return strategy, ByTrainer(config, layout, strategy)
 

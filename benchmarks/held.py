@@ -118,7 +118,9 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())
 
 
-def planned(config: GPTConfig, layout: Layout, plan: ModelPlan, microbatches: int, time: int) -> list[Held]:
+def planned(
+    config: GPTConfig, layout: Layout, plan: ModelPlan, microbatches: int, time: int, schedule: str = "1F1B"
+) -> list[Held]:
     """What the planner says that each rank of the pipeline holds, from shapes on ``meta``; micro-batches of one row."""
     with torch.device("meta"):
         module, batch = GPTModule(config), torch.zeros(2, time, dtype=torch.long)
@@ -135,7 +137,8 @@ def planned(config: GPTConfig, layout: Layout, plan: ModelPlan, microbatches: in
     share = Share(module, plan, optimizer_state([module.configure_optimizers()]), growth)
     here = Cluster(1, layout.devices, 2**30, 1e9, Link(1e9, 1e-4))
     estimate = Estimate(share, here)
-    setting = Setting(layout, microbatches, 1, SCHEDULES[0] if layout.pipeline > 1 else NONE)
+    of_pipeline = next(known for known in SCHEDULES if known.name == schedule)
+    setting = Setting(layout, microbatches, 1, of_pipeline if layout.pipeline > 1 else NONE)
     ranks = range(layout.pipeline)
     activations = [int(estimate.on_rank(setting, rank).activations) for rank in ranks]
     return [Held(**vars(estimate.static(setting, rank)), activations=activations[rank]) for rank in ranks]

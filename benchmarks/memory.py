@@ -96,7 +96,7 @@ class Result:
         return "met" if enough and max(self.apart.values()) <= NEAR else "missed"
 
 
-def cut(layout: str, size: str) -> tuple[list[Held], list[Held], Held | None]:
+def cut(layout: str, size: str, schedule: str = "1F1B") -> tuple[list[Held], list[Held], Held | None]:
     """Train under ``layout``, then with DDP if it is one of data ranks; every rank of ``layout`` calls it.
 
     Returns:
@@ -104,14 +104,14 @@ def cut(layout: str, size: str) -> tuple[list[Held], list[Held], Held | None]:
     """
     made, sizes = Layout.parse(layout), SIZES[size]
     rows = 2 * made.pipeline if made.pipeline > 1 else 1
-    strategy, loop = ours(sizes.config, made, rows)
+    strategy, loop = ours(sizes.config, made, rows, schedule)
     measured = _of_stages(_train(loop, sizes, rows), made)
     ddp = None
     if made.data == made.devices:
         loop = ByTrainer(sizes.config, made, DDPStrategy(process_group_backend="gloo"))
         ddp = _of_stages(_train(loop, sizes), made)[0]
     assert strategy.plan is not None
-    return measured, planned(sizes.config, made, strategy.plan, rows, sizes.time), ddp
+    return measured, planned(sizes.config, made, strategy.plan, rows, sizes.time, schedule), ddp
 
 
 def one_process(size: str) -> Held:

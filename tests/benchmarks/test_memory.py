@@ -26,6 +26,11 @@ def test_measured_bytes_are_the_planned_ones(layout: str) -> None:
         assert ddp == run_ranks(memory.one_process, 1, "tiny")[0]
 
 
+def test_activations_of_interleaved_stages() -> None:
+    measured, said, _ = run_ranks(memory.cut, 2, "pipeline=2", "large", "Interleaved1F1B", timeout=60)[0]
+    assert [held.activations for held in measured] == pytest.approx([held.activations for held in said], rel=0.05)
+
+
 def test_storages_are_counted_whole_and_once() -> None:
     storage = torch.zeros(10)
     assert storage_bytes([storage[:2], storage[3:], torch.zeros(3, dtype=torch.float64)]) == 40 + 24
