@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # elements that are looked at together
+CHUNK = 2**20  # words that are looked at together
 _STEP = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ divided by the golden ratio: multiples of it look unlike each other
 _BASE = 0x2545F4914F6CDD1D
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -16,7 +16,7 @@ _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 def digest(tensor: Tensor) -> Tensor:
     """An int64 without dimensions, equal for equal bits. All devices give the same.
 
-    Each element's bits times an odd number of its place, summed modulo 2⁶⁴, parts of the tensor by Horner's rule
+    Each word's bits times an odd number of its place, summed modulo 2⁶⁴, parts of the tensor by Horner's rule
     (multilinear hashing: Carter and Wegman, 1979; Lemire and Kaser, arXiv:1202.4961). A change of one element always
     changes it, since odd numbers have an inverse modulo 2⁶⁴; changes of several cancel by chance alone.
 
@@ -25,9 +25,17 @@ def digest(tensor: Tensor) -> Tensor:
     """
     flat = tensor.detach().contiguous().reshape(-1)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for words in flat.view(_WORD.get(flat.itemsize, torch.int64)).split(CHUNK):
+    for words in _words(flat).split(CHUNK):
         total = total * _BASE + (words.to(torch.int64) * _odd_numbers(flat.device)[: len(words)]).sum()
     return total
+
+
+def _words(flat: Tensor) -> Tensor:
+    """The bits of ``flat`` as whole numbers: of eight bytes where its length allows it, else of an element's."""
+    if flat.nbytes % 8:
+        return flat.view(_WORD[flat.itemsize])
+    aligned = flat.storage_offset() * flat.itemsize % 8 == 0
+    return (flat if aligned else flat.clone()).view(torch.int64)
 
 
 @cache

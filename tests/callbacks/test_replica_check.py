@@ -257,6 +257,8 @@ def test_digest_sees_each_element(dtype: torch.dtype) -> None:
         found.add(int(digest(changed)))
         assert torch.equal(digest(changed.T.contiguous().T), digest(changed))
     assert len(found) == 13 and torch.equal(digest(tensor.clone()), whole)
+    shifted = torch.zeros(13, dtype=dtype)[1:]  # not where a word of eight bytes begins
+    assert torch.equal(digest(shifted), whole)
 
 
 def test_digest_of_many_elements_and_of_none() -> None:
