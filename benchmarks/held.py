@@ -72,10 +72,11 @@ class Count(L.Callback):
 
 
 class _Kept:
-    """What stands for a tensor in the graph: it goes when the graph goes."""
+    """What stands for a tensor in the graph: it goes when the graph goes. It must not hold the graph itself, as an
+    output that a function saves would: then neither ever goes, as long as no backward pass frees it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 class Saved:
