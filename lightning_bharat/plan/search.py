@@ -88,7 +88,7 @@ def _lightest(estimate: Estimate, setting: Setting) -> Choice:
     the leanest, if nothing does."""
     tried: list[Choice] = []
     for recompute, offload in REMEDIES:
-        if offload and estimate.cluster.host is None:
+        if (recompute and not setting.schedule.recomputes) or (offload and estimate.cluster.host is None):
             continue
         made = replace(setting, recompute=recompute, offload=offload)
         tried.append(Choice(made, estimate.bytes(made), estimate.seconds(made)))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lightning_bharat.strategies.hybrid import HybridStrategy
 
 USABLE = 0.9  # of a device's memory; the rest is for buffers of collectives and fragments
-LONGER = 2.4  # times what their order asks for, torch keeps where gradients of weights are apart (ZBVZeroBubble)
 CLOSE = 0.01  # steps whose lengths differ by less than this share are as long as each other
 
 
@@ -95,8 +94,7 @@ def predict(
         seconds |= {(stage, WEIGHT): seconds[stage, WEIGHT] + seconds[stage, FORWARD] for stage in range(len(kept))}
     spans = play(order, seconds, transfer)
     fullest = max(_peak([span for span in spans if span.rank == rank], kept) for rank in range(ranks))
-    activations = fullest * (LONGER if kind.split_backward else 1.0)
-    return Predicted(name, microbatches, length(spans), bubble(spans), activations)
+    return Predicted(name, microbatches, length(spans), bubble(spans), fullest)
 
 
 def _of_stages(

@@ -26,8 +26,9 @@ def test_measured_bytes_are_the_planned_ones(layout: str) -> None:
         assert ddp == run_ranks(memory.one_process, 1, "tiny")[0]
 
 
-def test_activations_of_interleaved_stages() -> None:
-    measured, said, _ = run_ranks(memory.cut, 2, "pipeline=2", "large", "Interleaved1F1B", timeout=60)[0]
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble"])
+def test_activations_of_several_stages_a_rank(schedule: str) -> None:
+    measured, said, _ = run_ranks(memory.cut, 2, "pipeline=2", "large", schedule, timeout=60)[0]
     assert [held.activations for held in measured] == pytest.approx([held.activations for held in said], rel=0.05)
 
 

@@ -45,7 +45,7 @@ def test_ranks_of_a_large_world_hold_what_is_planned() -> None:
     layouts = [
         (Layout(data=64, replicate=4), ""),
         (Layout(data=16, tensor=2, pipeline=4), "1F1B"),
-        (Layout(data=8, tensor=2, pipeline=4, replicate=2), "Interleaved1F1B"),
+        (Layout(data=8, tensor=2, pipeline=4, replicate=2), "ZBVZeroBubble"),
     ]
     for stages in run_ranks(found, 1, layouts, timeout=90)[0]:
         for planned, held in stages:

@@ -19,7 +19,7 @@ from tests.plan.planned import shares
 
 DEVICE = Cluster(1, 1, 10**9, 1e12, Link(1e10, 1e-6), Link(1e10, 1e-6), efficiency=0.5, usable=1.0)
 NO_TIME = Link(1e30, 0.0)  # a link that takes no time
-ONE_F_ONE_B, INTERLEAVED = SCHEDULES
+ONE_F_ONE_B, INTERLEAVED, ZBV = SCHEDULES
 
 
 @cache
@@ -90,6 +90,8 @@ def test_a_pipeline_of_equal_stages_has_the_published_bubble(ranks: int, microba
     assert found.bubble == pytest.approx((ranks - 1) / (microbatches + ranks - 1))
     interleaved = estimate.seconds(Setting(Layout(pipeline=2), microbatches, 1, INTERLEAVED))
     assert interleaved.bubble == pytest.approx(1 / (2 * microbatches + 1))
+    zero = estimate.seconds(Setting(Layout(pipeline=2), microbatches, 1, ZBV))
+    assert zero.bubble < interleaved.bubble
 
 
 def test_messages_between_stages() -> None:
@@ -153,7 +155,7 @@ def brute_force(cluster: Cluster, rows: int) -> float:
                     if pipeline * schedule.each > 8 or not schedule.takes(pipeline, many):
                         continue
                     for recompute, offload in REMEDIES:
-                        if offload and not cluster.host:
+                        if (offload and not cluster.host) or (recompute and not schedule.recomputes):
                             continue
                         setting = Setting(layout, many, rows // data // many, schedule, recompute, offload)
                         if fits(estimate.bytes(setting), cluster):
