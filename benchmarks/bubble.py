@@ -112,7 +112,7 @@ class Follow(L.Callback):
     """Keeps a timeline of each step after the first ones."""
 
     def __init__(self) -> None:
-        self.timelines: list[Any] = []
+        self.timelines: list[Timeline] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx >= WARM_UP:
@@ -125,11 +125,11 @@ class Follow(L.Callback):
             self.timelines.append(trainer.strategy.end_timeline())  # type: ignore[attr-defined]
 
 
-def measure(schedule: str, seconds: float, steps: int) -> Result:
-    """Train with ``schedule``; every rank calls it. The median step counts."""
+def followed(strategy: HybridStrategy, blocks: Sleepers, microbatches: int, steps: int) -> list[Timeline]:
+    """Train ``blocks``; every rank calls it. The timelines of ``steps`` steps after the first ones."""
     follow = Follow()
     trainer = L.Trainer(
-        strategy=HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=MICROBATCHES),
+        strategy=strategy,
         accelerator="cpu",
         devices=RANKS,
         max_steps=WARM_UP + steps,
@@ -139,10 +139,16 @@ def measure(schedule: str, seconds: float, steps: int) -> Result:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = DataLoader([torch.ones(MICROBATCHES, 1, 1)] * (WARM_UP + steps), batch_size=None)
-    trainer.fit(Sleepers(seconds, seconds, seconds), batches)
-    shown = sorted(follow.timelines, key=lambda timeline: timeline.bubble)[len(follow.timelines) // 2]
-    milliseconds = 1000 * median(timeline.seconds for timeline in follow.timelines)
+    trainer.fit(blocks, DataLoader([torch.ones(microbatches, 1, 1)] * (WARM_UP + steps), batch_size=None))
+    return follow.timelines
+
+
+def measure(schedule: str, seconds: float, steps: int) -> Result:
+    """Train with ``schedule``; every rank calls it. The median step counts."""
+    strategy = HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=MICROBATCHES)
+    timelines = followed(strategy, Sleepers(seconds, seconds, seconds), MICROBATCHES, steps)
+    shown = sorted(timelines, key=lambda timeline: timeline.bubble)[len(timelines) // 2]
+    milliseconds = 1000 * median(timeline.seconds for timeline in timelines)
     return Result(schedule, shown.bubble, _expected(schedule, shown), milliseconds)
 
 

@@ -20,11 +20,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
-from benchmarks.bubble import RANKS, WARM_UP, Follow, Sleepers
+from benchmarks.bubble import RANKS, Sleepers, followed
 from lightning_bharat import HybridStrategy
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.table import table
@@ -62,25 +60,13 @@ class Run:
 
 def run(schedule: str, case: Case, steps: int) -> Run:
     """Train; every rank calls it."""
-    follow = Follow()
     strategy = HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=case.microbatches)
-    trainer = L.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=RANKS,
-        max_steps=WARM_UP + steps,
-        callbacks=[follow],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    batches = DataLoader([torch.ones(case.microbatches, 1, 1)] * (WARM_UP + steps), batch_size=None)
-    trainer.fit(Sleepers(case.forward / 1000, case.inputs / 1000, case.weights / 1000), batches)
+    blocks = Sleepers(case.forward / 1000, case.inputs / 1000, case.weights / 1000)
+    timelines = followed(strategy, blocks, case.microbatches, steps)
     return Run(
         strategy.schedule,
-        median(timeline.seconds for timeline in follow.timelines),
-        median(timeline.bubble for timeline in follow.timelines),
+        median(timeline.seconds for timeline in timelines),
+        median(timeline.bubble for timeline in timelines),
         {p.name: (p.seconds, p.bubble) for p in strategy.predicted},
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bharat.models import GPT, GPTConfig, GPTModule
 from tests.modules import Batch, Trained
-from tests.plan.models import VOCABULARY, Wrapped
+from tests.plan.models import DECODER, VOCABULARY, Wrapped
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -51,49 +51,17 @@ def one_expert() -> nn.Module:
 def qwen3_moe() -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return sharpened(
-        Wrapped(
-            Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=32,
-                    intermediate_size=64,
-                    moe_intermediate_size=16,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    head_dim=16,
-                    num_experts=8,
-                    num_experts_per_tok=2,
-                    norm_topk_prob=True,
-                    bos_token_id=1,
-                    eos_token_id=2,
-                )
-            )
-        )
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 16}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    return sharpened(Wrapped(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **DECODER))))
 
 
 def mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     return sharpened(
-        Wrapped(
-            MixtralForCausalLM(
-                MixtralConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=32,
-                    intermediate_size=16,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    num_local_experts=4,
-                    num_experts_per_tok=2,
-                    bos_token_id=1,
-                    eos_token_id=2,
-                )
-            )
-        )
+        Wrapped(MixtralForCausalLM(MixtralConfig(hidden_size=32, intermediate_size=16, **experts, **DECODER)))
     )
 
 
@@ -113,34 +81,11 @@ def deepseek_v3() -> nn.Module:
     """Sigmoid scores in groups, a shared expert, latent attention; its first block is dense."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    return sharpened(
-        Wrapped(
-            DeepseekV3ForCausalLM(
-                DeepseekV3Config(
-                    vocab_size=VOCABULARY,
-                    hidden_size=32,
-                    intermediate_size=48,
-                    moe_intermediate_size=16,
-                    num_hidden_layers=2,
-                    first_k_dense_replace=1,
-                    num_attention_heads=4,
-                    num_key_value_heads=4,
-                    q_lora_rank=16,
-                    kv_lora_rank=16,
-                    qk_rope_head_dim=8,
-                    qk_nope_head_dim=8,
-                    v_head_dim=8,
-                    n_routed_experts=8,
-                    n_shared_experts=1,
-                    num_experts_per_tok=2,
-                    n_group=4,
-                    topk_group=2,
-                    bos_token_id=1,
-                    eos_token_id=2,
-                )
-            )
-        )
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
+    of_all = {**DECODER, "num_key_value_heads": 4}
+    return sharpened(Wrapped(DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **latent, **experts, **of_all))))
 
 
 def _loops(make: Callable[[], nn.Module]) -> nn.Module:

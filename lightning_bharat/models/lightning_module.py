@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from lightning_bharat.checkpoints import CheckpointError, load_weights
-from lightning_bharat.models.gpt import GPT, GPTConfig
+from lightning_bharat.models.config import GPTConfig
+from lightning_bharat.models.gpt import GPT
 from lightning_bharat.models.moe import MixtureOfExperts, Router, Spread, balance_loss
 from lightning_bharat.models.upcycle import is_dense, upcycled
 from lightning_bharat.models.weights import Weights, read_weights, under

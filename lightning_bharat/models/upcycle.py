@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_bharat.checkpoints import CheckpointError, StoredTensor
 
 if TYPE_CHECKING:
-    from lightning_bharat.models.gpt import GPTConfig
+    from lightning_bharat.models.config import GPTConfig
     from lightning_bharat.models.weights import Weights
 
 _DENSE = re.compile(r"^(?P<mlp>.*layers\.(?P<layer>\d+)\.mlp)\.(gate|up|down)_proj\.weight$")

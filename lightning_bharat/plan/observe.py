@@ -270,8 +270,8 @@ class _Watch(Answers):
         if i == 0:
             self.counted[0] = self.counter.total
         self.entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        given = tree_map(self._as_given, (args, kwargs))
-        seen.calls.setdefault(seen.kinds[i], Call(*given))
+        if seen.kinds[i] not in seen.calls:
+            seen.calls[seen.kinds[i]] = Call(*tree_map(self._as_given, (args, kwargs)))
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         if i == 0:
             first = (place for place, x in places if isinstance(x, Tensor) and x.is_floating_point())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bharat.plan.blocks import UNCUT, PlanError
 from lightning_bharat.plan.cut_context import ContextCut, ContextFlow, cut_context
@@ -15,9 +13,10 @@ from lightning_bharat.plan.exchange import ProcessPeers
 from lightning_bharat.plan.find_context import find_context_cut
 from lightning_bharat.plan.whole_attention import ContextError
 from lightning_bharat.strategies._torch import in_backward, is_compiled
-from lightning_bharat.strategies.dry_step import dry_step, first_batch
+from lightning_bharat.strategies.rank_zero import found_by_rank_zero
 
 if TYPE_CHECKING:
+    from lightning_bharat.plan.observe import Step
     from lightning_bharat.strategies.hybrid import HybridStrategy
 
 
@@ -33,27 +32,16 @@ def find_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
                 f"{name or 'the module'} ({type(part).__name__}) is compiled, so what it exchanges with context ranks "
                 "could not be put into it; leave its compile() out, or write context_parallel_size=1"
             )
-    answer, batch = "", first_batch(trainer)  # on every rank: looking at a loader may change it
-    if strategy.is_global_zero:
-        with isolate_rng():
-            answer = json.dumps(_find(strategy, trainer, module, batch))
-    told = json.loads(strategy.broadcast(answer))
-    if "error" in told:
-        raise ContextError(told["error"])
-    return ContextCut.from_dict(told["cut"])
+    instead = "context_parallel_size=1"
 
+    def find(step: Step, batch: Any) -> dict[str, Any]:
+        try:
+            return find_context_cut(module, step, batch, strategy.layout.context).to_dict()
+        except PlanError as error:
+            raise ContextError(str(error).replace(UNCUT, f"write {instead}")) from error
 
-def _find(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> dict[str, Any]:
-    try:
-        with strategy.alone():
-            cut = find_context_cut(module, dry_step(trainer), batch, strategy.layout.context)
-    except PlanError as error:
-        return {"error": str(error).replace(UNCUT, "write context_parallel_size=1")}
-    except Exception as error:
-        return {
-            "error": f"{type(error).__name__} when the context cut was proven: {error}. Write context_parallel_size=1"
-        }
-    return {"cut": cut.to_dict()}
+    found = found_by_rank_zero(strategy, trainer, find, ContextError, "the context cut", instead)
+    return ContextCut.from_dict(found)
 
 
 def carry_out(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.manifest import Manifest
@@ -21,10 +19,11 @@ from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.propose import named_styles
 from lightning_bharat.strategies import _lightning
 from lightning_bharat.strategies.choose import choose_schedule
-from lightning_bharat.strategies.dry_step import dry_step, first_batch
+from lightning_bharat.strategies.rank_zero import found_by_rank_zero
 from lightning_bharat.strategies.schedule import KINDS
 
 if TYPE_CHECKING:
+    from lightning_bharat.plan.observe import Step
     from lightning_bharat.strategies.hybrid import HybridStrategy
 
 
@@ -44,7 +43,7 @@ def plan_for(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.Lightning
             named_styles(module, given)  # refuses names that there are not
             strategy.choices["plan"] = "not used: tensor_parallel_size is 1"
         return structural_plan(module)
-    plan = given if isinstance(given, ModelPlan) else _found_by_rank_zero(strategy, trainer, module)
+    plan = given if isinstance(given, ModelPlan) else _found(strategy, trainer, module)
     strategy.layout.check(plan)
     if strategy.layout.pipeline > 1 and plan.apart:
         raise PlanError(
@@ -69,32 +68,15 @@ def _check_stages(strategy: HybridStrategy, plan: ModelPlan) -> None:
         )
 
 
-def _found_by_rank_zero(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:
-    answer = ""
-    batch = first_batch(trainer)  # on every rank: looking at a loader may change it
-    if strategy.is_global_zero:
-        with isolate_rng():
-            answer = json.dumps(_find(strategy, trainer, module, batch))
-    told = json.loads(strategy.broadcast(answer))
-    if "error" in told:
-        raise PlanError(told["error"])
-    return ModelPlan.from_dict(told["plan"])
-
-
-def _find(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> dict[str, Any]:
-    try:
-        with strategy.alone():
-            plan = find_plan(module, dry_step(trainer), batch, strategy.layout.tensor, strategy.options.plan)
+def _found(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> ModelPlan:
+    def find(step: Step, batch: Any) -> dict[str, Any]:
+        plan = find_plan(module, step, batch, strategy.layout.tensor, strategy.options.plan)
         if strategy.layout.pipeline > 1:
             plan = replace(plan, costs=_measured(_lightning.ckpt_path(trainer), plan) or plan.costs)
-    except PlanError as error:
-        return {"error": str(error)}
-    except Exception as error:
-        return {
-            "error": f"{type(error).__name__} when a tensor cut was proven: {error}. Write tensor_parallel_size=1: "
-            "data ranks need no plan"
-        }
-    return {"plan": plan.to_dict()}
+        return plan.to_dict()
+
+    instead = "tensor_parallel_size=1: data ranks need no plan"
+    return ModelPlan.from_dict(found_by_rank_zero(strategy, trainer, find, PlanError, "a tensor cut", instead))
 
 
 def _measured(path: Any, plan: ModelPlan) -> tuple[int, ...]:

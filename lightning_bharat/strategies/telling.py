@@ -29,7 +29,9 @@ def tell(value: Any, source: int, group: dist.ProcessGroup, device: torch.device
     length = int.from_bytes(first[:_HEAD], "big")
     if length > SHORT - _HEAD:
         first = first[:_HEAD] + _sent(words, length, source, group, device)
-    return value if group.rank() == source else pickle.loads(first[_HEAD : _HEAD + length])
+    if group.rank() == source:
+        return value
+    return pickle.loads(first[_HEAD : _HEAD + length])  # a rank of our own wrote it, in this run
 
 
 def _sent(words: bytes, length: int, source: int, group: dist.ProcessGroup, device: torch.device) -> bytes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_bharat.models.gpt import GPT, GPTConfig, KVCache, attend, draw, rotate
+from lightning_bharat.models.config import GPTConfig
+from lightning_bharat.models.gpt import GPT, KVCache, attend, draw, rotate
 
 SMALL = GPTConfig(
     vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, rope_theta=500.0
@@ -28,24 +30,26 @@ def ids(batch: int = 2, time: int = 12) -> torch.Tensor:
     return torch.randint(SMALL.vocab_size, (batch, time), generator=torch.Generator().manual_seed(1))
 
 
+def their_sizes(config: GPTConfig) -> dict[str, Any]:
+    """``config`` as Hugging Face's configurations take it."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_equals_hugging_faces_llama_with_the_same_weights(tied: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = GPTConfig(**{**vars(SMALL), "tie_word_embeddings": tied})
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.inner_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.kv_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=tied,
-        )
-    )
+    inner = {"intermediate_size": config.inner_size, "tie_word_embeddings": tied}
+    theirs = LlamaForCausalLM(LlamaConfig(**their_sizes(config), **inner))
     ours = gpt(config, torch.float32)
     names = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
     ours.load_state_dict(names)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_bharat.models import GPT, GPTConfig, GPTModule
 from lightning_bharat.models.moe import Experts, MixtureOfExperts, Routed, Router, Spread, balance_loss
-from tests.models.test_gpt import gpt, ids
+from tests.models.test_gpt import gpt, ids, their_sizes
 from tests.models.test_lightning_module import loader, trainer
 
 SMALL: dict[str, Any] = {
@@ -139,19 +139,8 @@ def test_equals_hugging_faces_mixtral_with_the_same_weights() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = GPTConfig(**SMALL, num_experts_per_tok=2)
-    theirs = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.expert_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.kv_heads,
-            num_local_experts=8,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
-    )
+    experts = {"intermediate_size": config.expert_size, "num_local_experts": 8}
+    theirs = MixtralForCausalLM(MixtralConfig(**their_sizes(config), **experts))
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

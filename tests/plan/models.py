@@ -66,44 +66,28 @@ class Wrapped(nn.Module):
         self.model = model
 
 
+# Of Hugging Face's decoders here.
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return Wrapped(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=48,
-                intermediate_size=112,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
-    )
+    return Wrapped(LlamaForCausalLM(LlamaConfig(hidden_size=48, intermediate_size=112, **DECODER)))
 
 
 def qwen3() -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Wrapped(
-        Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=VOCABULARY,
-                hidden_size=48,
-                intermediate_size=112,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=16,
-                tie_word_embeddings=True,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
-    )
+    sizes = {"hidden_size": 48, "intermediate_size": 112, "head_dim": 16}
+    return Wrapped(Qwen3ForCausalLM(Qwen3Config(**sizes, **DECODER, tie_word_embeddings=True)))
 
 
 def gpt2() -> nn.Module:
