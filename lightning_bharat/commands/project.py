@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
@@ -40,8 +41,19 @@ _MODULES = (
 )
 
 
+_NESTED = re.compile(r"NestedArg\(key='(.*?)', val='?(.*?)'?\)")
+
+
 class ProjectParser(OneMessage, LightningArgumentParser):
     """LightningCLI's parser with this command's way of saying errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As :class:`OneMessage`; where a strategy's argument has no class before it, with what to write."""
+        if 'key "trainer.strategy"' in message and "NestedArg" in message:
+            message = "an argument of a strategy needs its class before it: --trainer.strategy HybridStrategy" + (
+                f" --trainer.strategy.{named[1]} {named[2]}" if (named := _NESTED.search(message)) else ""
+            )
+        super().error(message, ex)
 
     def instantiate(self, *args: Any, instantiators: Sequence[Any] | None = None, **kwargs: Any) -> Namespace:
         """Build the classes; what a strategy refuses is said in its own words, which a union of types would bury."""

@@ -98,6 +98,15 @@ def test_a_trainer_that_cannot_be_built(project: Project, capsys: pytest.Capture
     assert "--lr_scheduler needs --optimizer" in bad(words, capsys)
 
 
+@pytest.mark.parametrize("before", [[], ["--trainer.strategy=bharat_hybrid"]], ids=["nothing", "a name"])
+def test_arguments_of_a_strategy_without_its_class(
+    before: list[str], project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = bad(["fit", *project.classes, *before, "--trainer.strategy.pipeline_parallel_size=2"], capsys)
+    assert "needs its class before it" in said
+    assert "--trainer.strategy HybridStrategy --trainer.strategy.pipeline_parallel_size 2\n" in said
+
+
 def test_bad_options_of_layout(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert "write --devices 8, --cluster cluster.yaml or" in bad(["layout", *project.classes], capsys)
     assert 'key "devices"' in bad(["layout", *project.classes, "--devices=0"], capsys)
