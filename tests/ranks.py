@@ -50,7 +50,7 @@ def run_ranks(
     ranks: int,
     *args: Any,
     timeout: float = 30,
-    grace: float = 5,
+    grace: float = 10,
     env: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Call ``function(*args)`` on ``ranks`` gloo ranks and return what each returned (anything that can be pickled).

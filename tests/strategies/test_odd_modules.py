@@ -60,7 +60,7 @@ def test_what_would_go_wrong_is_refused_by_name(name: str, axis: str) -> None:
     with pytest.raises(RanksFailed, match=words) as failed:
         run_ranks(train_with, 2, name, LAYOUTS[axis], options)
     outcomes = failed.value.outcomes
-    assert len({(outcome.error, outcome.message) for outcome in outcomes}) == 1
+    assert len({(outcome.error, outcome.message) for outcome in outcomes}) == 1, failed.value
     assert sum(outcome.output.count(outcome.message) for outcome in outcomes) == 1  # printed by one rank
 
 
