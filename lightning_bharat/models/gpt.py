@@ -43,12 +43,16 @@ class GPT(nn.Module):
             input_ids: (batch, time), int64.
             caches: one a block. ``input_ids`` then continue what was seen with them.
         """
+        return self.lm_head(self.hidden(input_ids, caches))
+
+    def hidden(self, input_ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """What ``lm_head`` is given: (batch, time, width)."""
         seen = caches[0].seen if caches else 0
         x = self.embed_tokens(input_ids)
         rotary = self._rotary(seen, input_ids.shape[1], x.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, caches[i] if caches else None)
-        return self.lm_head(self.norm(x))
+        return self.norm(x)
 
     def _rotary(self, start: int, length: int, device: torch.device) -> Rotary:
         """Cosine and sine of positions times frequencies, each (time, head_dim / 2), in float32 whatever the weights.

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -44,6 +45,9 @@ class GPTModule(L.LightningModule):
         freeze: patterns of parameters that aren't trained, such as ``model.layers.0.*``.
         lazy: build the model in ``configure_model`` in place of here: on ``meta`` under ``"bharat_hybrid"``, so that no
             process ever holds all of it.
+        chunked_loss: never hold all logits: the loss goes over the tokens chunk by chunk, by torch's
+            ``linear_cross_entropy``. Worth it for a vocabulary wider than the model. ``"bf16-mixed"`` multiplies by the
+            head in float32 then, and tensor ranks each hold all of the head.
 
     Raises:
         ValueError: a pattern in ``freeze`` fits no parameter.
@@ -62,12 +66,14 @@ class GPTModule(L.LightningModule):
         weights: str | Path | None = None,
         freeze: list[str] | None = None,
         lazy: bool = False,
+        chunked_loss: bool = False,
     ) -> None:
         super().__init__()
         # load_from_checkpoint gives what was saved: plain values, which can be loaded without running code
         self.config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.lr_scheduler, self.weights, self.freeze_patterns = lr_scheduler, weights, freeze or []
+        self.chunked_loss = chunked_loss
         self.save_hyperparameters(
             {
                 "config": asdict(self.config),
@@ -76,6 +82,7 @@ class GPTModule(L.LightningModule):
                 "betas": list(betas),
                 "freeze": freeze,
                 "lazy": lazy,
+                "chunked_loss": chunked_loss,
             }
         )
         self._start_is_missing = False
@@ -166,8 +173,13 @@ class GPTModule(L.LightningModule):
         return -self._loss(batch, reduction="none").view_as(batch["labels"])
 
     def _loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        logits = self(batch["input_ids"])
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction=reduction)
+        labels = batch["labels"].flatten()
+        if self.chunked_loss:
+            hidden, head = self.model.hidden(batch["input_ids"]).flatten(0, 1), self.model.lm_head.weight
+            return F.linear_cross_entropy(
+                hidden, head, labels, reduction=reduction, options=LinearCrossEntropyOptions()
+            )
+        return F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), labels, reduction=reduction)
 
     def configure_optimizers(self) -> Any:
         embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}

@@ -50,6 +50,8 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.cross_entropy:
             return self._mean(func, _cross_entropy_arguments, args, kwargs)
+        if func is F.linear_cross_entropy:
+            return self._mean(func, _linear_cross_entropy_arguments, args, kwargs)
         if func is F.nll_loss:
             return self._mean(func, _nll_loss_arguments, args, kwargs)
         return func(*args, **kwargs)
@@ -88,6 +90,21 @@ def _cross_entropy_arguments(
     return locals()
 
 
+def _linear_cross_entropy_arguments(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> dict[str, Any]:
+    return {**locals(), "ignore_index": -100 if ignore_index is None else ignore_index}
+
+
 def _nll_loss_arguments(
     input: Tensor,
     target: Tensor,
@@ -113,9 +130,9 @@ def _count(input: Tensor, target: Tensor, weight: Tensor | None, ignore: int) ->
 
 def _not_counted(found: str) -> TokenWeightError:
     return TokenWeightError(
-        "token_weighted=True counts labels where the training step calls cross_entropy or nll_loss with "
-        f"reduction='mean', and {found}. Differentiate one such mean in a step (times a constant), without "
-        "other terms, or write token_weighted=False and weigh losses in the step"
+        "token_weighted=True counts labels where the training step calls cross_entropy, linear_cross_entropy or "
+        f"nll_loss with reduction='mean', and {found}. Differentiate one such mean in a step (times a constant), "
+        "without other terms, or write token_weighted=False and weigh losses in the step"
     )
 
 

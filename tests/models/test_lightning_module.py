@@ -55,6 +55,18 @@ def assert_same(module: GPTModule, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("config", [SMALL, TIED])
+def test_a_loss_in_chunks_is_the_loss(config: GPTConfig) -> None:
+    found = []
+    for chunked in (False, True):
+        L.seed_everything(0, verbose=False)
+        module = GPTModule(config, chunked_loss=chunked).double()
+        loss = module._loss(batch())
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in module.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_it_learns_one_batch_by_heart_and_its_checkpoint_is_safe_to_load(tmp_path: Path) -> None:
     L.seed_everything(0)
     module = GPTModule(SMALL, learning_rate=3e-3, lr_scheduler=partial(WarmupCosine, warmup_steps=5, total_steps=120))
