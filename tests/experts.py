@@ -71,6 +71,7 @@ MIXTURES: dict[str, Callable[[], nn.Module]] = {
     "one expert": one_expert,
     "two experts": partial(own, num_experts=2, num_experts_per_tok=1),
     "deep": partial(own, num_hidden_layers=4),
+    "expert choice": partial(own, router_choice="expert"),
     "qwen3 moe": lambda: _loops(qwen3_moe),
     "mixtral": lambda: _loops(mixtral),
     "deepseek v3": lambda: _loops(deepseek_v3),

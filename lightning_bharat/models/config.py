@@ -31,11 +31,13 @@ class GPTConfig:
         tie_word_embeddings: the head is the embedding, transposed.
         num_experts: feed-forwards of a block, of which each token goes through some; one that all go through if None.
             What follows is about them.
-        num_experts_per_tok: how many a token goes through.
+        num_experts_per_tok: how many a token goes through; on average, where experts choose.
         num_shared_experts: more experts, which all tokens go through.
         moe_intermediate_size: width inside an expert; as inside a feed-forward if None.
+        router_choice: "token": each token chooses experts; "expert": each expert chooses tokens, all the same number,
+            of each sequence, among them later ones, so that nothing can be generated.
         scoring_func: "softmax" over all experts' scores (Mixtral), or "sigmoid" of each (DeepSeek-V3).
-        norm_topk_prob: the weights of a token's experts add up to 1.
+        norm_topk_prob: the weights of a token's experts add up to 1, where tokens choose.
         routed_scaling_factor: the weights are multiplied by it.
         n_group: experts stand in so many groups...
         topk_group: ...and a token's are all in so many of them.
@@ -45,7 +47,7 @@ class GPTConfig:
             None.
 
     Raises:
-        ValueError: a size isn't positive, or does not divide as it must, or ``scoring_func`` is unknown.
+        ValueError: a size isn't positive, or does not divide as it must, a name is unknown, or fields contradict.
     """
 
     vocab_size: int = 32_000
@@ -63,6 +65,7 @@ class GPTConfig:
     num_experts_per_tok: int = 2
     num_shared_experts: int | None = None
     moe_intermediate_size: int | None = None
+    router_choice: str = "token"
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
@@ -92,6 +95,8 @@ class GPTConfig:
     def _check_experts(self) -> None:
         if self.scoring_func not in SCORES:
             raise ValueError(f"scoring_func={self.scoring_func!r} is unknown; write {' or '.join(map(repr, SCORES))}")
+        if self.router_choice not in ("token", "expert"):
+            raise ValueError(f"router_choice={self.router_choice!r} is unknown; write 'token' or 'expert'")
         if self.num_experts is None:
             for name in ("num_shared_experts", "moe_intermediate_size", "router_aux_loss_coef", "bias_update_speed"):
                 if getattr(self, name) is not None:
@@ -102,12 +107,22 @@ class GPTConfig:
                 f"n_group={self.n_group} must divide num_experts={self.num_experts}, and be at least "
                 f"topk_group={self.topk_group}"
             )
+        if self.router_choice == "expert":
+            self._check_expert_choice()
         allowed = self.num_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > allowed:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the {allowed} experts that a token may "
                 "choose from; write fewer"
             )
+
+    def _check_expert_choice(self) -> None:
+        for name, nothing in {"n_group": 1, "router_aux_loss_coef": None, "bias_update_speed": None}.items():
+            if getattr(self, name) != nothing:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is about tokens that choose, and router_choice='expert' is balanced "
+                    f"by itself; leave {name} out, or write router_choice='token'"
+                )
 
     @property
     def head_size(self) -> int:

@@ -149,14 +149,14 @@ class GPTModule(L.LightningModule):
     def _balance(self) -> None:
         """Log how tokens were spread since the last optimizer step, on all ranks, and move the biases by it."""
         routers = self._routers()
-        empty = torch.zeros(routers[0].num_experts + 2, dtype=torch.float64, device=self.device)
+        empty = torch.zeros(routers[0].num_experts + 3, dtype=torch.float64, device=self.device)
         taken = [router.take() for router in routers]  # nothing of another pipeline stage's
         seen = self.trainer.strategy.reduce(torch.stack([empty if t is None else t for t in taken]))
-        spread = Spread.of(seen, self.config.num_experts_per_tok)
+        spread = Spread.of(seen)
         self.log("expert_imbalance", spread.imbalance)
-        self.log("dropped_choices", spread.dropped)
+        self.log("dropped_tokens", spread.dropped)
         self.log("router_entropy", spread.entropy)
-        for router, load in zip(routers, seen[:, :-2], strict=True):
+        for router, load in zip(routers, seen[:, :-3], strict=True):
             router.balance(load)
 
     def _routers(self) -> list[Router]:

@@ -1,8 +1,8 @@
 """Mixture of experts: each token goes through a few of many feed-forwards (Shazeer et al., 2017,
 https://arxiv.org/abs/1701.06538), which a router chooses for it.
 
-No token is ever dropped: experts take as many as come. Names are Hugging Face's, so weights of a Mixtral load as they
-are.
+Where tokens choose, none is ever dropped: experts take as many as come. Names are Hugging Face's, so weights of a Mixtral
+load as they are.
 """
 
 from __future__ import annotations
@@ -29,14 +29,23 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: GPTConfig, shared: nn.Module | None) -> None:
         super().__init__()
-        self.gate = Router(config)
+        self.gate = ExpertChoice(config) if config.router_choice == "expert" else Router(config)
         self.experts = Experts(config)
         self.shared_experts = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        out = self.experts(tokens, *self.gate(tokens)).view_as(x)
+        out = self._taken(x) if isinstance(self.gate, ExpertChoice) else self._chosen(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        return self.experts(tokens, *self.gate(tokens)).view_as(x)
+
+    def _taken(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        taken, by, weights = self.gate(x)
+        each = self.experts(tokens[taken], by[:, None], weights[:, None])
+        return torch.zeros_like(tokens).index_add(0, taken, each).view_as(x)
 
 
 @dataclass
@@ -61,9 +70,9 @@ class Router(nn.Module):
     Attributes:
         bias_steps: (experts,) int64. The bias is ``bias_update_speed`` times it, exact in any precision.
         routed: of the last forward in training, where a loss may need it.
-        seen: (experts + 2,) float64, since the last call of :meth:`take`: choices of each expert, the sum of the
-            entropies of all tokens' scores in nats, and choices that should have been made. ``None`` if there were
-            none.
+        seen: (experts + 3,) float64, since the last call of :meth:`take`: choices of each expert, the sum of the
+            entropies of all tokens' scores in nats, the number of tokens, and that of tokens without an expert.
+            ``None`` if there were none.
     """
 
     bias_steps: Tensor
@@ -94,16 +103,20 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of tokens (n, hidden), and their weights, each (n, chosen)."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            scores = SCORES[self.scoring](F.linear(x.to(exact), self.weight.to(exact)))
+        scores = self.scores(x)
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
         if self.normalized:
             weights = weights / weights.sum(-1, keepdim=True)
         if self.training:
-            self._write_down(scores, chosen)
+            self._write_down(scores, chosen, missed=chosen.new_zeros(()))
         return chosen, (weights * self.scale).to(x.dtype)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Of all experts for tokens (..., hidden): (..., experts)."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return SCORES[self.scoring](F.linear(x.to(exact), self.weight.to(exact)))
 
     @torch.no_grad()
     def choose(self, scores: Tensor) -> Tensor:
@@ -121,14 +134,15 @@ class Router(nn.Module):
             scores = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
         return scores.topk(self.top_k, -1).indices
 
-    def _write_down(self, scores: Tensor, chosen: Tensor) -> None:
+    def _write_down(self, scores: Tensor, chosen: Tensor, missed: Tensor) -> None:
         shares = scores / scores.sum(-1, keepdim=True)
         load = count(chosen, self.num_experts)
         if self.keeps:
             self.routed = Routed(load, shares.mean(0))
         with torch.no_grad():
-            entropy = torch.special.entr(shares).sum().double().view(1)
-            seen = torch.cat((load.double(), entropy, torch.full_like(entropy, chosen.numel())))
+            entropy = torch.special.entr(shares).sum().double()
+            numbers = torch.stack((entropy, torch.full_like(entropy, len(scores)), missed.double()))
+            seen = torch.cat((load.double(), numbers))
             self.seen = seen if self.seen is None else self.seen + seen
 
     def take(self) -> Tensor | None:
@@ -145,6 +159,29 @@ class Router(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing; what has a gradient can't be copied."""
         return {name: value for name, value in vars(self).items() if name not in ("routed", "seen")}
+
+
+class ExpertChoice(Router):
+    """Each expert chooses tokens, as many as all others, by their scores (Zhou et al., 2022,
+    https://arxiv.org/abs/2202.09368).
+
+    It chooses among the tokens of one sequence, so a sequence's result does not depend on what else is in the batch. It
+    does depend on later tokens: nothing can be generated token by token.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From sequences (batch, time, hidden) the tokens that experts take, each (taken,): their places in batch ·
+        time, who takes them, and by what weight."""
+        scores = self.scores(x)
+        time = x.shape[1]
+        number = min(time, max(1, time * self.top_k // self.num_experts))
+        weights, places = scores.topk(number, 1)  # (batch, number, experts)
+        places = places + time * torch.arange(len(x), device=x.device)[:, None, None]
+        by = torch.arange(self.num_experts, device=x.device).expand_as(places)
+        if self.training:
+            missed = (count(places, scores[..., 0].numel()) == 0).sum()
+            self._write_down(scores.flatten(0, 1), by, missed)
+        return places.flatten(), by.flatten(), (weights.flatten() * self.scale).to(x.dtype)
 
 
 class Experts(nn.Module):
@@ -206,10 +243,10 @@ def has_kernel(*tensors: Tensor) -> bool:
     return there and all(t.dtype in (torch.bfloat16, torch.float16) and t.shape[-1] % 8 == 0 for t in tensors)
 
 
-def count(chosen: Tensor, experts: int) -> Tensor:
-    """How often each expert is in ``chosen``: (experts,) int64. (``bincount`` has no shape on fake tensors.)"""
+def count(chosen: Tensor, number: int) -> Tensor:
+    """How often each of ``number`` is in ``chosen``: (number,) int64. (``bincount`` has no shape on fake tensors.)"""
     flat = chosen.flatten()
-    return flat.new_zeros(experts).index_add(0, flat, torch.ones_like(flat))
+    return flat.new_zeros(number).index_add(0, flat, torch.ones_like(flat))
 
 
 def balance_loss(routed: Iterable[Routed], mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
@@ -235,7 +272,7 @@ class Spread:
 
     Attributes:
         imbalance: the busiest expert's load over the mean, in the worst layer; 1 is even.
-        dropped: the share of choices that no expert computed.
+        dropped: the share of tokens without an expert.
         entropy: of a token's scores over experts, in nats, the mean over tokens and layers; ln(experts) is no
             preference.
     """
@@ -245,11 +282,9 @@ class Spread:
     entropy: Tensor
 
     @classmethod
-    def of(cls, seen: Tensor, top_k: int) -> Spread:
-        """From :attr:`Router.seen` of each layer, (layers, experts + 2)."""
-        load, entropy, asked = seen[:, :-2], seen[:, -2], seen[:, -1]
+    def of(cls, seen: Tensor) -> Spread:
+        """From :attr:`Router.seen` of each layer, (layers, experts + 3)."""
+        load, (entropy, tokens, missed) = seen[:, :-3], seen[:, -3:].sum(0)
         return cls(
-            imbalance=(load.amax(-1) / load.mean(-1)).amax(),
-            dropped=1 - load.sum() / asked.sum(),
-            entropy=top_k * entropy.sum() / asked.sum(),
+            imbalance=(load.amax(-1) / load.mean(-1)).amax(), dropped=missed / tokens, entropy=entropy / tokens
         )

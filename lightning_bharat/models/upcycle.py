@@ -67,6 +67,7 @@ def _read(weights: Weights, name: str) -> Tensor:
 
 def _refuse_other_outputs(config: GPTConfig, inner: int) -> None:
     for name, value, wanted in (
+        ("router_choice", config.router_choice, "token"),
         ("moe_intermediate_size", config.expert_size, inner),
         ("num_shared_experts", config.num_shared_experts, None),
         ("norm_topk_prob", config.norm_topk_prob, True),

@@ -81,6 +81,31 @@ def test_equals_one_token_at_a_time_with_gradients(form: str) -> None:
         assert of_each[0].abs().max() > 0, name
 
 
+def test_experts_that_choose_take_the_tokens_that_fit_them_best_in_each_sequence() -> None:
+    moe = layer(router_choice="expert", num_shared_experts=1, num_experts_per_tok=2)
+    x = tokens(24).view(2, 12, 48)
+    expected = [moe.shared_experts(sequence) for sequence in x]  # type: ignore[misc]
+    missed = 0
+    for out, sequence in zip(expected, x, strict=True):
+        scores, taken = (sequence @ moe.gate.weight.T).softmax(-1), set()
+        for i in range(8):
+            for t in sorted(range(12), key=lambda t, i=i: -scores[t, i])[: 12 * 2 // 8]:  # type: ignore[misc]
+                a, b = (moe.experts.gate_up_proj[i] @ sequence[t]).chunk(2)
+                out[t] = out[t] + scores[t, i] * (moe.experts.down_proj[i] @ (F.silu(a) * b))
+                taken.add(t)
+        missed += 12 - len(taken)
+    found = moe.train()(x)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    for name, parameter in moe.named_parameters():
+        ends = (found, torch.stack(expected))
+        of_each = [torch.autograd.grad(y.square().sum(), parameter, retain_graph=True)[0] for y in ends]
+        torch.testing.assert_close(*of_each, rtol=1e-11, atol=1e-11, msg=name)
+    seen = moe.gate.take()
+    assert seen is not None and seen[:8].tolist() == [6] * 8 and seen[-2:].tolist() == [24, missed] and missed
+    with pytest.raises(ValueError, match="train with router_choice='token'"):
+        GPT(GPTConfig(**SMALL, router_choice="expert")).generate(ids(), 1)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_more_experts_than_tokens(count: int) -> None:
     moe, x = layer(), tokens(count)
@@ -99,7 +124,7 @@ def test_all_tokens_on_the_same_expert() -> None:
     moe.train()(x).sum().backward()
     assert [i for i in range(8) if moe.experts.down_proj.grad[i].any()] == [5]  # type: ignore[index]
     seen = moe.gate.take()
-    assert seen is not None and seen[5] == seen[-1] == 14  # two forwards in training
+    assert seen is not None and seen[5] == seen[-2] == 14  # two forwards in training
 
 
 def test_no_tokens_at_all() -> None:
@@ -180,10 +205,10 @@ def test_its_gradient_takes_scores_from_the_busiest_expert() -> None:
 
 
 def test_what_was_seen_becomes_numbers_to_log() -> None:
-    seen = torch.tensor([[4.0, 2.0, 0.0, 2.0, 4 * math.log(4), 8.0], [2.0, 2.0, 2.0, 1.0, 0.0, 8.0]])
-    spread = Spread.of(seen, top_k=2)
+    seen = torch.tensor([[4.0, 2.0, 0.0, 2.0, 4 * math.log(4), 4.0, 0.0], [2.0, 2.0, 2.0, 2.0, 0.0, 4.0, 1.0]])
+    spread = Spread.of(seen)
     assert spread.imbalance.item() == pytest.approx(2)
-    assert spread.dropped.item() == pytest.approx(1 / 16)
+    assert spread.dropped.item() == pytest.approx(1 / 8)
     assert spread.entropy.item() == pytest.approx(math.log(4) / 2)
 
 
@@ -209,7 +234,7 @@ def test_training_balances_experts_that_begin_lopsided(by: dict[str, float], tmp
         loop = trainer(tmp_path, 40)
         loop.fit(module, loader(40))
         metrics = loop.callback_metrics
-        assert metrics["train_loss"] < 3.5 and metrics["dropped_choices"] == 0
+        assert metrics["train_loss"] < 3.5 and metrics["dropped_tokens"] == 0
         assert 0 < metrics["router_entropy"] <= math.log(8) + 1e-9
         worst.append(metrics["expert_imbalance"].item())
         assert ("balance_loss" in metrics) == ("router_aux_loss_coef" in options)
@@ -230,6 +255,8 @@ def test_biases_move_once_an_optimizer_step(tmp_path: Path) -> None:
     [
         ({"scoring_func": "tanh"}, "'softmax' or 'sigmoid'"),
         ({"num_experts_per_tok": 9}, "write fewer"),
+        ({"router_choice": "both"}, "router_choice='both' is unknown; write 'token' or 'expert'"),
+        ({"router_choice": "expert", "bias_update_speed": 0.1}, "leave bias_update_speed out"),
         ({"n_group": 3}, "n_group=3 must divide num_experts=8"),
         ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "the 2 experts that a token may choose from"),
         ({"num_experts": None}, "write num_experts as well"),

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_bharat.callbacks import ReplicaCheck
-from tests.experts import TrainedGPT, TrainedMixture, held
+from tests.experts import TrainedGPT, TrainedMixture, held, own
 from tests.modules import Result, Trained, assert_equal, fit
 from tests.ranks import RanksFailed, run_ranks
 
@@ -74,6 +74,11 @@ def test_with_tensor_ranks_and_with_pipeline_stages() -> None:
     assert "Layout(data=2, pipeline=2, expert=2)" in found[1].explain
 
 
+def test_experts_that_choose_their_tokens() -> None:
+    compare(2, *(("expert choice", strategy) for strategy in ({}, EXPERT, {"tensor_parallel_size": 2})))
+    compare(4, ("expert choice", STAGED))
+
+
 def test_with_context_ranks_out_of_which_they_are_taken_too() -> None:
     found = compare(2, ("own", PARTS))
     assert "Layout(context=2, expert=2)" in found[0].explain
@@ -133,7 +138,7 @@ def test_balance_is_that_of_the_whole_batch(ranks: int, strategy: dict[str, Any]
         assert_equal(found, expected)
         assert moved == steps
     assert steps[0] != [0] * 8
-    assert {"expert_imbalance", "dropped_choices", "router_entropy"} <= expected.metrics.keys()
+    assert {"expert_imbalance", "dropped_tokens", "router_entropy"} <= expected.metrics.keys()
     assert ("balance_loss" in expected.metrics) == ("router_aux_loss_coef" in options)
 
 
@@ -234,6 +239,8 @@ def _refused(change: str, strategy: dict[str, Any]) -> Result:
                 layer.mlp.experts = Normalizing()
             elif change == "listed":
                 layer.mlp.experts = Listed()
+            elif change == "choosing":
+                layer.mlp = own(router_choice="expert").layers[0].mlp  # type: ignore[union-attr]
         return made
 
     return fit(module, strategy, steps=1)
@@ -247,6 +254,7 @@ def _refused(change: str, strategy: dict[str, Any]) -> Result:
         ("", 2, {"expert_parallel_size": 2, "replicate_size": 2}, "write replicate_size=1"),
         ("", 2, {"expert_parallel_size": 2, "activation_checkpointing": "selective"}, 'write "full" or leave it out'),
         ("normalizing", 2, {"expert_parallel_size": 2}, r"experts \(Normalizing\) does not compute the same when"),
+        ("choosing", 2, {"context_parallel_size": 2}, "context_parallel_size"),
         ("listed", 2, {"expert_parallel_size": 2}, r"experts \(ModuleList\) is none. That is a module whose"),
         ("", 4, {"expert_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True}, "sequence_parallel"),
     ],
