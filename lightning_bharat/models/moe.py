@@ -1,14 +1,15 @@
 """Mixture of experts: each token goes through a few of many feed-forwards (Shazeer et al., 2017,
 https://arxiv.org/abs/1701.06538), which a router chooses for it.
 
-Where tokens choose, none is ever dropped: experts take as many as come. Names are Hugging Face's, so weights of a Mixtral
-load as they are.
+Where tokens choose, none is ever dropped: experts take as many as come. Names are Hugging Face's, so weights of a
+Mixtral load as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -34,18 +35,17 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self._taken(x) if isinstance(self.gate, ExpertChoice) else self._chosen(x)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
-
-    def _chosen(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        return self.experts(tokens, *self.gate(tokens)).view_as(x)
-
-    def _taken(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
+        if not isinstance(self.gate, ExpertChoice):
+            return self.experts(tokens, *self.gate(tokens), self._shared(tokens)).view_as(x)
         taken, by, weights = self.gate(x)
         each = self.experts(tokens[taken], by[:, None], weights[:, None])
-        return torch.zeros_like(tokens).index_add(0, taken, each).view_as(x)
+        out = torch.zeros_like(tokens).index_add(0, taken, each)
+        shared = self._shared(tokens)
+        return (out if shared is None else out + shared()).view_as(x)
+
+    def _shared(self, tokens: Tensor) -> Callable[[], Tensor] | None:
+        return None if self.shared_experts is None else partial(self.shared_experts, tokens)
 
 
 @dataclass
@@ -201,19 +201,23 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=self.std)
         nn.init.normal_(self.down_proj, std=self.down_std)
 
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, plus: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """The sum over a token's experts of their outputs times their weights.
 
         Args:
             hidden: tokens, (n, hidden).
             top_k_index: the experts of each, (n, chosen).
             top_k_weights: (n, chosen).
+            plus: makes what is added, (n, hidden): where experts are spread over ranks, while tokens travel.
         """
         order = top_k_index.flatten().argsort(stable=True)
         load = count(top_k_index, self.num_experts)
         out = self._sorted(hidden[order // top_k_index.shape[1]], load)
         of_tokens = out[order.argsort()].unflatten(0, top_k_index.shape)
-        return (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
+        out = (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
+        return out if plus is None else out + plus()
 
     def _sorted(self, x: Tensor, load: Tensor) -> Tensor:
         """Rows in the order of their experts, the first ``load[0]`` of which are the first one's, and so on."""

@@ -9,6 +9,7 @@ one expert then. That this is right is proven (:mod:`prove_experts`) before it i
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,8 +116,9 @@ class Routes(Protocol):
     rank: int
     size: int
 
-    def all_to_all(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
-        """Rows of ``x`` to all ranks, ``sent[i]`` of them to rank ``i``, in order; ``received[i]`` come from it."""
+    def depart(self, x: Tensor, received: list[int], sent: list[int]) -> Callable[[], Tensor]:
+        """Rows of ``x`` begin to travel to all ranks, ``sent[i]`` of them to rank ``i``, in order. Waits for those that
+        come when called: ``received[i]`` from rank ``i``."""
 
 
 class ProcessRoutes:
@@ -125,10 +127,15 @@ class ProcessRoutes:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def all_to_all(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
-        out = x.new_empty((sum(received), *x.shape[1:]))
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=self.group)
-        return out
+    def depart(self, x: Tensor, received: list[int], sent: list[int]) -> Callable[[], Tensor]:
+        out, x = x.new_empty((sum(received), *x.shape[1:])), x.contiguous()
+        work = dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True)
+
+        def arrive(_kept: Tensor = x) -> Tensor:  # what is sent must live until it is
+            work.wait()
+            return out
+
+        return arrive
 
 
 class ThreadRoutes:
@@ -141,24 +148,68 @@ class ThreadRoutes:
     def __init__(self, table: Table, rank: int) -> None:
         self.table, self.rank, self.size = table, rank, table.barrier.parties
 
-    def all_to_all(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+    def depart(self, x: Tensor, received: list[int], sent: list[int]) -> Callable[[], Tensor]:
         parts: Any = x.detach().split(sent)
         self.table.tensors[self.rank] = parts
         self.table.barrier.wait()
         taken = [parts[self.rank] for parts in self.table.tensors]
         self.table.barrier.wait()  # nobody overwrites before all have read
-        return torch.cat(taken)
+        return lambda: torch.cat(taken)
 
 
-class _AllToAll(torch.autograd.Function):
+@dataclass
+class _Trip:
+    """Rows on their way, and their gradients on the way back, which is multiplied by ``factor``."""
+
+    routes: Routes
+    received: list[int]
+    sent: list[int]
+    factor: float = 1.0
+    arrive: Callable[[], Tensor] | None = None
+
+    def take(self, x: Tensor, meanwhile: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """The rows that come for ``x``, and what ``meanwhile`` returns, which is computed, and its gradients are, while
+        rows travel."""
+        ticket = _Depart.apply(x, self)
+        beside = None if meanwhile is None else meanwhile()
+        return _Arrive.apply(ticket, self), beside
+
+    def there(self, x: Tensor) -> None:
+        self.arrive = self.routes.depart(x, self.received, self.sent)
+
+    def back(self, grad: Tensor) -> None:
+        self.arrive = self.routes.depart(grad, self.sent, self.received)
+
+    def wait(self) -> Tensor:
+        assert self.arrive is not None
+        arrive, self.arrive = self.arrive, None
+        return arrive()
+
+
+class _Depart(torch.autograd.Function):
+    """Returns an empty ticket, through which the graph holds the two ends together."""
+
     @staticmethod
-    def forward(ctx: Any, routes: Routes, x: Tensor, received: list[int], sent: list[int], factor: float) -> Tensor:
-        ctx.routes, ctx.received, ctx.sent, ctx.factor = routes, received, sent, factor
-        return routes.all_to_all(x, received, sent)
+    def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.there(x)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return ctx.trip.wait().mul_(ctx.trip.factor), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, ctx.routes.all_to_all(grad, ctx.sent, ctx.received).mul_(ctx.factor), None, None, None
+        ctx.trip.back(grad)
+        return grad.new_zeros(()), None
 
 
 class CutExperts(nn.Module):
@@ -174,21 +225,32 @@ class CutExperts(nn.Module):
     losses: float
 
     @torch.compiler.disable  # how many tokens travel is known on the host alone
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As the module's own, whose first three arguments these are, whatever their names."""
+    def forward(
+        self,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        plus: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """As the module's own, whose first three arguments these are, whatever their names.
+
+        ``plus``: what it returns is added, and computed while tokens travel (as Megatron-Core overlaps shared experts).
+        """
         routes, here = self.routes, self.experts_of_all // self.routes.size
         order = top_k_index.flatten().argsort(stable=True)
         load = top_k_index.new_zeros(self.experts_of_all).index_add(
             0, top_k_index.flatten(), torch.ones_like(top_k_index.flatten())
         )
         even = [here] * routes.size
-        loads = routes.all_to_all(load, even, even).view(routes.size, here)  # what each rank has for each expert here
+        loads = routes.depart(load, even, even)().view(routes.size, here)  # what each rank has for each expert here
+        # The only wait of the host: NCCL and gloo take the sizes of an all-to-all from it.
         sent, received = torch.stack((load.view(loads.shape).sum(1), loads.sum(1))).tolist()
-        came = _AllToAll.apply(routes, hidden[order // top_k_index.shape[1]], received, sent, self.losses)
-        out = self._compute(came, loads)
-        back = _AllToAll.apply(routes, out, sent, received, 1 / self.losses)
+        rows = hidden[order // top_k_index.shape[1]]
+        came, beside = _Trip(routes, received, sent, self.losses).take(rows, plus)
+        back, _ = _Trip(routes, sent, received, 1 / self.losses).take(self._compute(came, loads))
         of_tokens = back[order.argsort()].unflatten(0, top_k_index.shape)
-        return (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
+        out = (of_tokens * top_k_weights[..., None]).sum(1).type_as(hidden)
+        return out if beside is None else out + beside
 
     def _compute(self, rows: Tensor, loads: Tensor) -> Tensor:
         """The module's own experts of ``rows``, which lie by rank and, of each rank, by expert."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bharat.plan.blocks import PlanError
-from lightning_bharat.plan.experts import check_experts, find_experts
+from lightning_bharat.plan.experts import check_experts, cut_experts, find_experts
 from lightning_bharat.plan.prove_experts import prove_experts
 from tests.experts import mixtral, own, qwen3_moe
 from tests.plan.models import Nano
@@ -55,6 +58,42 @@ class Centered(Fused):
 
     def mix(self, out: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return (out * weights[..., None]).sum(1) - out.mean()
+
+
+class Diary:
+    """The only expert rank; notes when rows travel."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def depart(self, x: Tensor, received: list[int], sent: list[int]) -> Callable[[], Tensor]:
+        self.notes.append("depart")
+
+        def arrive() -> Tensor:
+            self.notes.append("arrive")
+            return x.detach().clone()
+
+        return arrive
+
+    def note(self, x: Tensor) -> Tensor:
+        self.notes.append("shared experts")
+        x.register_hook(lambda grad: self.notes.append("their gradient"))
+        return x
+
+
+def test_shared_experts_compute_while_tokens_travel_and_so_do_their_gradients() -> None:
+    moe: Any = own().layers[0].mlp  # type: ignore[union-attr]
+    diary = Diary()
+    cut_experts(moe.experts, find_experts(moe)[0], diary)
+    moe.shared_experts.register_forward_hook(lambda module, args, out: diary.note(out))
+    moe(torch.randn(2, 3, 32, requires_grad=True)).sum().backward()
+    assert diary.notes == [
+        *("depart", "arrive"),  # how many tokens come
+        *("depart", "shared experts", "arrive", "depart", "arrive"),
+        *("depart", "arrive", "depart", "their gradient", "arrive"),
+    ]
 
 
 class InList(nn.Module):
