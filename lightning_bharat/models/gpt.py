@@ -94,7 +94,7 @@ class GPT(nn.Module):
         """
         if self.config.num_experts and self.config.router_choice == "expert":
             raise ValueError(
-                "router_choice='expert': experts choose among later tokens too, so none can be generated before the next; "
+                "router_choice='expert': experts choose among later tokens too, so none is generated one by one; "
                 "train with router_choice='token' to generate"
             )
         caches = [KVCache(input_ids.shape[1] + max_new_tokens) for _ in self.layers]

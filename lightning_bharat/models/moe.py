@@ -289,6 +289,4 @@ class Spread:
     def of(cls, seen: Tensor) -> Spread:
         """From :attr:`Router.seen` of each layer, (layers, experts + 3)."""
         load, (entropy, tokens, missed) = seen[:, :-3], seen[:, -3:].sum(0)
-        return cls(
-            imbalance=(load.amax(-1) / load.mean(-1)).amax(), dropped=missed / tokens, entropy=entropy / tokens
-        )
+        return cls(imbalance=(load.amax(-1) / load.mean(-1)).amax(), dropped=missed / tokens, entropy=entropy / tokens)
