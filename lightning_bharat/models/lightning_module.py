@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from lightning_bharat.checkpoints import CheckpointError, load_weights
 from lightning_bharat.models.config import GPTConfig
 from lightning_bharat.models.gpt import GPT
-from lightning_bharat.models.moe import MixtureOfExperts, Router, Spread, balance_loss
+from lightning_bharat.models.moe import Gate, MixtureOfExperts, Spread, balance_loss
 from lightning_bharat.models.upcycle import is_dense, upcycled
 from lightning_bharat.models.weights import Weights, read_weights, under
 
@@ -159,7 +159,7 @@ class GPTModule(L.LightningModule):
         for router, load in zip(routers, seen[:, :-3], strict=True):
             router.balance(load)
 
-    def _routers(self) -> list[Router]:
+    def _routers(self) -> list[Gate]:
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

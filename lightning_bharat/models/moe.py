@@ -30,7 +30,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: GPTConfig, shared: nn.Module | None) -> None:
         super().__init__()
-        self.gate = ExpertChoice(config) if config.router_choice == "expert" else Router(config)
+        self.gate: Gate = ExpertChoice(config) if config.router_choice == "expert" else Router(config)
         self.experts = Experts(config)
         self.shared_experts = shared
 
@@ -61,10 +61,10 @@ class Routed:
     share: Tensor
 
 
-class Router(nn.Module):
-    """Chooses ``num_experts_per_tok`` experts for each token, by scores of them.
+class Gate(nn.Module):
+    """Scores all experts for each token, in float32 at least, as Switch Transformers do
+    (https://arxiv.org/abs/2101.03961, section 2.4).
 
-    Scores are computed in float32 at least, as Switch Transformers do (https://arxiv.org/abs/2101.03961, section 2.4).
     A bias of each expert may have a say in what is chosen, though not in its weight: see :meth:`balance`.
 
     Attributes:
@@ -82,16 +82,11 @@ class Router(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         assert config.num_experts is not None
-        self.num_experts, self.top_k, self.std = (
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.initializer_range,
-        )
-        self.groups, self.kept_groups = config.n_group, config.topk_group
-        self.scoring, self.normalized = config.scoring_func, config.norm_topk_prob
-        self.scale, self.speed = config.routed_scaling_factor, config.bias_update_speed
-        self.keeps = config.router_aux_loss_coef is not None
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.std, self.scoring = config.initializer_range, config.scoring_func
+        self.scale, self.keeps = config.routed_scaling_factor, config.router_aux_loss_coef is not None
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.speed = config.bias_update_speed
         if self.speed is not None:
             self.register_buffer("bias_steps", torch.zeros(self.num_experts, dtype=torch.int64))
         self.reset_parameters()
@@ -101,40 +96,15 @@ class Router(nn.Module):
         if self.speed is not None:
             self.bias_steps.zero_()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts of tokens (n, hidden), and their weights, each (n, chosen)."""
-        scores = self.scores(x)
-        chosen = self.choose(scores)
-        weights = scores.gather(-1, chosen)
-        if self.normalized:
-            weights = weights / weights.sum(-1, keepdim=True)
-        if self.training:
-            self._write_down(scores, chosen, missed=chosen.new_zeros(()))
-        return chosen, (weights * self.scale).to(x.dtype)
-
     def scores(self, x: Tensor) -> Tensor:
         """Of all experts for tokens (..., hidden): (..., experts)."""
         exact = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return SCORES[self.scoring](F.linear(x.to(exact), self.weight.to(exact)))
 
-    @torch.no_grad()
-    def choose(self, scores: Tensor) -> Tensor:
-        """The experts of tokens with these ``scores`` (n, experts), the best first: (n, chosen) int64.
-
-        With groups an expert can only be chosen in the token's ``topk_group`` best groups, which are those with the
-        largest sum of their two best scores (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2).
-        """
-        if self.speed is not None:
-            scores = scores + self.speed * self.bias_steps
-        if self.groups > 1:
-            grouped = scores.unflatten(-1, (self.groups, -1))
-            best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(self.kept_groups, -1).indices
-            out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
-            scores = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
-        return scores.topk(self.top_k, -1).indices
-
-    def _write_down(self, scores: Tensor, chosen: Tensor, missed: Tensor) -> None:
+    def write_down(self, scores: Tensor, chosen: Tensor, missed: Tensor) -> None:
+        """What :attr:`routed` and :attr:`seen` say of one forward: the ``scores`` of its tokens (n, experts), all
+        experts that were ``chosen``, and how many tokens were ``missed``."""
         shares = scores / scores.sum(-1, keepdim=True)
         load = count(chosen, self.num_experts)
         if self.keeps:
@@ -161,7 +131,43 @@ class Router(nn.Module):
         return {name: value for name, value in vars(self).items() if name not in ("routed", "seen")}
 
 
-class ExpertChoice(Router):
+class Router(Gate):
+    """Chooses ``num_experts_per_tok`` experts for each token, by its scores of them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.groups, self.kept_groups = config.n_group, config.topk_group
+        self.normalized = config.norm_topk_prob
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts of tokens (n, hidden), and their weights, each (n, chosen)."""
+        scores = self.scores(x)
+        chosen = self.choose(scores)
+        weights = scores.gather(-1, chosen)
+        if self.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if self.training:
+            self.write_down(scores, chosen, missed=chosen.new_zeros(()))
+        return chosen, (weights * self.scale).to(x.dtype)
+
+    @torch.no_grad()
+    def choose(self, scores: Tensor) -> Tensor:
+        """The experts of tokens with these ``scores`` (n, experts), the best first: (n, chosen) int64.
+
+        With groups an expert can only be chosen in the token's ``topk_group`` best groups, which are those with the
+        largest sum of their two best scores (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2).
+        """
+        if self.speed is not None:
+            scores = scores + self.speed * self.bias_steps
+        if self.groups > 1:
+            grouped = scores.unflatten(-1, (self.groups, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(self.kept_groups, -1).indices
+            out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            scores = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
+        return scores.topk(self.top_k, -1).indices
+
+
+class ExpertChoice(Gate):
     """Each expert chooses tokens, as many as all others, by their scores (Zhou et al., 2022,
     https://arxiv.org/abs/2202.09368).
 
@@ -180,7 +186,7 @@ class ExpertChoice(Router):
         by = torch.arange(self.num_experts, device=x.device).expand_as(places)
         if self.training:
             missed = (count(places, scores[..., 0].numel()) == 0).sum()
-            self._write_down(scores.flatten(0, 1), by, missed)
+            self.write_down(scores.flatten(0, 1), by, missed)
         return places.flatten(), by.flatten(), (weights.flatten() * self.scale).to(x.dtype)
 
 

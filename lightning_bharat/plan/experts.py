@@ -129,7 +129,7 @@ class ProcessRoutes:
 
     def depart(self, x: Tensor, received: list[int], sent: list[int]) -> Callable[[], Tensor]:
         out, x = x.new_empty((sum(received), *x.shape[1:])), x.contiguous()
-        work = dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True)
+        work: Any = dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True)
 
         def arrive(_kept: Tensor = x) -> Tensor:  # what is sent must live until it is
             work.wait()
