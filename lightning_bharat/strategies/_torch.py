@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -154,6 +155,16 @@ class Root:
         """FSDP2 reduces what has no input with a gradient at the end of a backward pass that one of its own hooks saw;
         a pass that only reaches the root's own weights needs this one."""
         self._state._register_root_post_backward_final_callback()
+
+
+def replace_groups_of_copies(module: nn.Module, make: Callable[[dist.ProcessGroup], Any]) -> None:
+    """Let each unit of ``module`` that FSDP2 divides in several copies (hybrid sharding) average its gradients by what
+    ``make`` returns for the group of these copies."""
+    for part in module.modules():
+        for group in part._get_fsdp_state()._fsdp_param_groups if isinstance(part, FSDPModule) else ():
+            ranks: Any = copy(group.mesh_info)
+            ranks.replicate_process_group = make(ranks.replicate_process_group)
+            group.mesh_info = ranks
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

@@ -24,6 +24,7 @@ _CHANGING = (
     "schedule",
     "reshard_after_forward",
     "reduce_dtype",
+    "gradient_compression",
     "activation_checkpointing",
     "offload",
     "compile",

@@ -104,6 +104,7 @@ RULES: dict[str, Rule] = {
         "True, False, None or a number of ranks from 1 up",
     ),
     "reduce_dtype": (_one_of((None, *REDUCED)), f"one of {', '.join(REDUCED)}, or None"),
+    "gradient_compression": (_one_of((None, "int8")), '"int8" or None'),
     "activation_checkpointing": (_one_of(MODES), '"full", "selective" or None'),
     "offload": _FLAG,
     "compile": (
@@ -128,6 +129,12 @@ def check(arguments: Mapping[str, Any]) -> None:
         if not fits(value):
             raise ValueError(f"{name}={_wrong_part(value)!r}: write {wanted}")
     _check_context(arguments)
+    if arguments["gradient_compression"] is not None and arguments["replicate_size"] == 1:
+        raise ValueError(
+            f"gradient_compression={arguments['gradient_compression']!r} with replicate_size=1: what is compressed is "
+            "what copies of the divided parameters exchange; write replicate_size=<hosts> too, or leave "
+            "gradient_compression out"
+        )
     if arguments["reduce_dtype"] is not None and arguments["pipeline_parallel_size"] not in ("auto", 1):
         raise ValueError(
             f"reduce_dtype={arguments['reduce_dtype']!r} with pipeline_parallel_size="

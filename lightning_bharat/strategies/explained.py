@@ -27,6 +27,11 @@ def explained(options: Options, layout: Layout, precision: str) -> Iterator[tupl
     if options.reduce_dtype is not None:
         averaged = f"data ranks average gradients in {options.reduce_dtype}, and keep them in their own type"
         yield "reduce_dtype", averaged if layout.data > 1 else "not used: there is one data rank"
+    if options.gradient_compression is not None:
+        yield (
+            "gradient_compression",
+            f"{layout.replicate} copies average gradients in int8, and make up for rounding",
+        )
     weighted = "each label weighs the same, over data ranks and accumulated batches"
     yield "token_weighted", weighted if options.token_weighted else "not used: the mean of each batch's own mean"
     if options.activation_checkpointing is None:

@@ -43,6 +43,7 @@ class Options:
     plan: Any
     reshard_after_forward: bool | int | None
     reduce_dtype: str | None
+    gradient_compression: str | None
     activation_checkpointing: str | None
     offload: bool
     compile: bool | Mapping[str, Any]

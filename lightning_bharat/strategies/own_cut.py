@@ -23,6 +23,7 @@ _NOTHING: dict[str, tuple] = {
     "plan": (None,),
     "reshard_after_forward": (None,),
     "reduce_dtype": (None,),
+    "gradient_compression": (None,),
     "replicate_size": (1,),
     "pipeline_parallel_size": ("auto", 1),
     "context_parallel_size": (1,),

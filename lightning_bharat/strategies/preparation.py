@@ -21,11 +21,12 @@ from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, context, planning
-from lightning_bharat.strategies._torch import set_timeout
+from lightning_bharat.strategies._torch import replace_groups_of_copies, set_timeout
 from lightning_bharat.strategies.agreement import agree_on_weights
 from lightning_bharat.strategies.batch_norm import normalize_over_ranks
 from lightning_bharat.strategies.buffers import compare_buffers
 from lightning_bharat.strategies.compiled import compile_arguments, compile_block
+from lightning_bharat.strategies.compression import CompressedGroup
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.expert import spread_experts
 from lightning_bharat.strategies.explained import explained
@@ -154,6 +155,8 @@ class Preparation:
         self._shards = DataShards(
             self.module, mesh, units, reshard, options.offload, self._experts, copies, options.reduce_dtype
         )
+        if options.gradient_compression is not None:
+            replace_groups_of_copies(self.module, CompressedGroup)
         blocks = f"{self._blocks} blocks one at a time, the rest for a whole step"
         what = blocks if self._blocks else "the whole module at once"
         if layout.pipeline > 1:

@@ -40,6 +40,7 @@ GOOD: dict[str, tuple] = {
     "plan": (None, {}, {"blocks.*.up": "colwise"}, structural_plan(Nano())),
     "reshard_after_forward": (None, True, False, 1, 2),
     "reduce_dtype": (None, "bfloat16", "float32"),
+    "gradient_compression": (None, "int8"),
     "activation_checkpointing": (None, "full", "selective"),
     "offload": (True, False),
     "compile": (True, False, {}, {"backend": "eager"}),
@@ -81,8 +82,9 @@ def test_no_argument_is_forgotten() -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_an_argument_takes(name: str) -> None:
+    beside = {"replicate_size": 2} if name == "gradient_compression" else {}
     for value in GOOD[name]:
-        assert getattr(HybridStrategy(**{name: value}).options, name) is value
+        assert getattr(HybridStrategy(**{name: value, **beside}).options, name) is value
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -515,6 +515,7 @@ def on_a_rank() -> None:
     assert state._state_ctx.all_states == [state, module[0]._get_fsdp_state()]
     assert state._training_state == TrainingState.IDLE
     (group,) = state._fsdp_param_groups
+    assert "replicate_process_group" in inspect.getsource(type(group)._all_reduce_process_group.fget)
     assert not group.is_unsharded
     assert {parameter._module_info.module for parameter in group.fsdp_params} == {module[1]}
     x = torch.ones(1, 2)
