@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_bharat.plan.layout import Layout
     from lightning_bharat.plan.model_plan import Cut, ModelPlan
+    from lightning_bharat.strategies.float8 import Float8Precision
     from lightning_bharat.strategies.hybrid import HybridStrategy
 
 __version__ = "0.1.0"
-__all__ = ["Cut", "HybridStrategy", "Layout", "ModelPlan"]
+__all__ = ["Cut", "Float8Precision", "HybridStrategy", "Layout", "ModelPlan"]
 
 _HOMES = {
     "Cut": "plan.model_plan",
+    "Float8Precision": "strategies.float8",
     "HybridStrategy": "strategies.hybrid",
     "Layout": "plan.layout",
     "ModelPlan": "plan.model_plan",

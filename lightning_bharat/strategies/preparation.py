@@ -30,6 +30,7 @@ from lightning_bharat.strategies.compression import CompressedGroup
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.expert import spread_experts
 from lightning_bharat.strategies.explained import explained
+from lightning_bharat.strategies.float8 import refuse_float8_cuts
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.own_cut import is_cut, refuse_undone
 from lightning_bharat.strategies.recompute import recompute
@@ -76,6 +77,7 @@ class Preparation:
         strategy, module, options, layout = self.strategy, self.module, self.strategy.options, self.strategy.layout
         choices = strategy.choices
         device = strategy.root_device
+        refuse_float8_cuts(strategy.precision_plugin, layout)
         units = find_units(module)
         self._blocks = len(units)  # of all stages: each rank says the same
         divided = layout.data > 1 or layout.expert > 1 or options.offload
