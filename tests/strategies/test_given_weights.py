@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -368,6 +369,7 @@ class Anonymous(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        gc.collect()  # what an earlier run left in circles would be freed in the middle
         ctypes.CDLL(None).malloc_trim(0)  # what is free counts as free
         self.before = self.most = self.now()
 
