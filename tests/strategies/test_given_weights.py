@@ -410,7 +410,7 @@ def test_no_rank_holds_more_than_its_pieces_and_a_leaf(tmp_path: Path) -> None:
     pieces = 2 * LEAF * BLOCKS // 4
     for rank in run_ranks(peaks, 4, sources, timeout=60):
         for grown in rank:
-            assert pieces <= grown < pieces + LEAF
+            assert pieces - LEAF / 16 <= grown < pieces + LEAF  # other threads may free some pages meanwhile
 
 
 def on_meta_device(make: Callable[[], nn.Module]) -> nn.Module:
