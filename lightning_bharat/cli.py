@@ -52,6 +52,10 @@ COMMANDS = {
         "turn a directory into one Lightning .ckpt, or back", "lightning_bharat.commands.checkpoint:convert"
     ),
     "checkpoint show": Command("print what a checkpoint is", "lightning_bharat.commands.checkpoint:show"),
+    "checkpoint list": Command("list the checkpoints of a folder", "lightning_bharat.commands.checkpoints:list_all"),
+    "checkpoint verify": Command("read every byte of checkpoints", "lightning_bharat.commands.checkpoints:verify"),
+    "checkpoint diff": Command("compare the tensors of two checkpoints", "lightning_bharat.commands.checkpoints:diff"),
+    "checkpoint prune": Command("remove old checkpoints", "lightning_bharat.commands.checkpoints:prune"),
 }
 
 GROUPS = {"data": "text for training", "checkpoint": "read and write checkpoints"}

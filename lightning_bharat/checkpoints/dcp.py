@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,24 +49,30 @@ from lightning_bharat.checkpoints.index import chunk_key, write_index
 from lightning_bharat.checkpoints.share import Share
 
 
-def save_shares(folder: Path, shares: Mapping[str, Share]) -> None:
+def save_shares(folder: Path, shares: Mapping[str, Share]) -> dict[str, str]:
     """Write what all ranks hold to ``folder``, with its index. All ranks must call it.
+
+    Returns:
+        On rank 0 the digests of all ranks' files, by name.
 
     Raises:
         CheckpointError: on every rank, where one could not write or the rectangles leave a gap.
     """
-    _without_pickles(dcp.save, dict(shares), storage_writer=_Writer(folder), planner=_SavePlanner())
+    writer = _Writer(folder)
+    _without_pickles(dcp.save, dict(shares), storage_writer=writer, planner=_SavePlanner())
+    return writer.digests
 
 
-def load_shares(folder: Path, index: Metadata, shares: Mapping[str, Share]) -> None:
+def load_shares(folder: Path, index: Metadata, shares: Mapping[str, Share], check: Callable[[Path], None]) -> None:
     """Fill ``shares`` from ``folder``: a rank reads the parts of files that it needs and no more.
 
     No communication; names must be in ``index`` with the same shapes (checked by the caller, who can say it in words).
+    ``check`` is called with each file before anything is read from it.
 
     Raises:
-        CheckpointError: a file can't be read.
+        CheckpointError: a file can't be read, or ``check`` raised it.
     """
-    reader = _Reader(folder, index)
+    reader = _Reader(folder, index, check)
     _without_pickles(dcp.load, dict(shares), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
 
 
@@ -142,6 +148,7 @@ class _Writer(StorageWriter):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.digests: dict[str, str] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
@@ -160,15 +167,18 @@ class _Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         entries = [_entry(item, planner) for item in plan.items]
+        name, digest = plan.storage_data, ""
         if entries:
-            safetensors_file.write(self.folder / plan.storage_data, entries, {"format": "pt"})
+            digest = safetensors_file.write(self.folder / name, entries, {"format": "pt"})
         pairs = zip(plan.items, entries, strict=True)
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, entry.nbytes, plan.storage_data) for item, entry in pairs])
+        done.set_result([WriteResult(item.index, entry.nbytes, (name, digest)) for item, entry in pairs])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        write_index(self.folder, metadata, {done.index: done.storage_data for of_rank in results for done in of_rank})
+        written = {done.index: done.storage_data for of_rank in results for done in of_rank}
+        self.digests = dict(written.values())
+        write_index(self.folder, metadata, {index: name for index, (name, _) in written.items()})
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -186,8 +196,8 @@ def _entry(item: WriteItem, planner: SavePlanner) -> safetensors_file.Entry:
 class _Reader(StorageReader):
     """Parts of tensors out of safetensors files, by the index."""
 
-    def __init__(self, folder: Path, index: Metadata) -> None:
-        self.folder, self.index = folder, index
+    def __init__(self, folder: Path, index: Metadata, check: Callable[[Path], None]) -> None:
+        self.folder, self.index, self.check = folder, index, check
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
@@ -209,7 +219,8 @@ class _Reader(StorageReader):
         for item in plan.items:
             by_file.setdefault(self.index.storage_data[item.storage_index], []).append(item)
         for name, items in by_file.items():
-            with _opened(self.folder / name) as file:
+            self.check(self.folder / name)
+            with safe_open(self.folder / name, framework="pt") as file:
                 for item in items:
                     self._read(file, item, planner)
         done: Future[None] = Future()
@@ -229,9 +240,3 @@ class _Reader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return True
-
-
-def _opened(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {path.parent} is an incomplete copy of a checkpoint")
-    return safe_open(path, framework="pt")

@@ -1,10 +1,15 @@
-"""`MANIFEST.json`: what a checkpoint is, for people and for checks, without opening its tensors."""
+"""`MANIFEST.json`: what a checkpoint is, for people and for checks, without opening its tensors.
+
+`COMMIT` beside it holds the manifest's own digest and is written last: where both agree, all that the manifest lists
+was on disk before.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,14 +17,15 @@ from typing import Any
 
 import torch
 
+from lightning_bharat.checkpoints.digest import DIGEST, check_digest, digest_of
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.index import read_json, write_json
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, COMMIT = "MANIFEST.json", "COMMIT"
 FORMAT = "lightning_bharat"
-VERSION = 1
+VERSION = 2  # 1 had no digests
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Manifest:
         plan: the :class:`ModelPlan` it was cut by (:meth:`ModelPlan.to_dict`), or ``None``.
         hugging_face: :func:`hugging_face` of the module, or ``None``.
         versions: of Python, torch and the libraries around.
-        files: each file's size in bytes, by name: ``{"rank_00000.safetensors": {"bytes": 4096}}``.
+        files: each file's size in bytes and digest: ``{"rank_00000.safetensors": {"bytes": 4096, "xxh3": "1f…"}}``.
         format, version: of the checkpoint's form.
     """
 
@@ -64,17 +70,29 @@ class Manifest:
             versions=_versions(),
         )
 
-    def write(self, folder: Path) -> None:
-        """Write it to ``folder``, with the sizes of all files that are there, and bring it to disk."""
-        files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    def write(self, folder: Path, digests: Mapping[str, str]) -> None:
+        """Write it to ``folder``, with the sizes and digests of all files that are there, and bring it to disk.
+
+        Args:
+            folder: where all files are.
+            digests: of files whose writers know it, by name; others are read.
+        """
+        paths = [path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, COMMIT)]
+        files = {
+            path.name: {"bytes": path.stat().st_size, DIGEST: digests.get(path.name) or digest_of(path)}
+            for path in paths
+        }
         write_json(folder / MANIFEST, {**asdict(self), "files": files})
+        write_json(folder / COMMIT, {DIGEST: digest_of(folder / MANIFEST)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The manifest of the checkpoint in ``folder``, whose files it checks to be there with the right sizes.
 
+        Digests are checked where a file is read (:meth:`check_file`).
+
         Raises:
-            CheckpointError: not a checkpoint of ours, of a newer form, damaged, or an incomplete copy.
+            CheckpointError: not a checkpoint of ours, of another form, damaged, or an incomplete copy.
         """
         content = read_json(folder / MANIFEST)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -84,10 +102,23 @@ class Manifest:
                 f"{folder} is a checkpoint of form {content.get('version')!r}; this lightning_bharat reads form "
                 f"{VERSION}: use the version that wrote it, {content.get('versions')}"
             )
+        commit = read_json(folder / COMMIT)
+        check_digest(folder / MANIFEST, commit.get(DIGEST, "") if isinstance(commit, dict) else "")
         known = {f.name for f in fields(cls)}
         found = cls(**{key: value for key, value in content.items() if key in known})
         found.check_files(folder)
         return found
+
+    def check_file(self, path: Path) -> None:
+        """Compare the bytes of ``path`` with what was written.
+
+        Raises:
+            CheckpointError: they differ, or the file is none of this checkpoint's.
+        """
+        said = self.files.get(path.name)
+        if said is None:
+            raise CheckpointError(f"{path} is not among the files that {path.parent / MANIFEST} lists")
+        check_digest(path, said[DIGEST])
 
     def check_files(self, folder: Path) -> None:
         """Compare the files in ``folder`` with the list.

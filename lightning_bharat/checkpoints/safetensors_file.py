@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bharat.checkpoints.digest import new_digest
 from lightning_bharat.checkpoints.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -67,8 +69,8 @@ def dtype_name(dtype: torch.dtype, of: str) -> str:
     return NAMES[dtype]
 
 
-def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> int:
-    """Write ``entries`` to ``path`` and bring the file to disk (fsync). Returns the file's size in bytes.
+def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> str:
+    """Write ``entries`` to ``path`` and bring the file to disk (fsync). Returns the file's digest.
 
     Raises:
         CheckpointError: a type that the format lacks, or a tensor that isn't of the shape it was announced with.
@@ -82,13 +84,14 @@ def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None 
         header[entry.key] = {"dtype": name, "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = new_digest()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            file.write(_bytes(entry))
+        for part in chain([len(text).to_bytes(8, "little") + text], map(_bytes, entries)):
+            digest.update(part)
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
+    return digest.hexdigest()
 
 
 def _bytes(entry: Entry) -> Any:

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from lightning_bharat.checkpoints.dcp import load_shares, save_shares
 from lightning_bharat.checkpoints.directory import new_directory
-from lightning_bharat.checkpoints.document import as_plain, put_back, read_state, take_shares, write_state
+from lightning_bharat.checkpoints.document import STATE, as_plain, put_back, read_state, take_shares, write_state
 from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
-from lightning_bharat.checkpoints.index import read_index
+from lightning_bharat.checkpoints.index import INDEX, read_index
 from lightning_bharat.checkpoints.manifest import MANIFEST, Manifest
 from lightning_bharat.checkpoints.share import Share
 
@@ -47,14 +47,27 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        self._checked: set[Path] = set()
 
     @cached_property
     def index(self) -> Metadata:
         """What tensors there are and where; read when first needed."""
+        self.check(self.folder / INDEX)
         return read_index(self.folder)
+
+    def check(self, path: Path) -> None:
+        """Compare the bytes of a file with what was written, the first time.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if path not in self._checked:
+            self.manifest.check_file(path)
+            self._checked.add(path)
 
     def load(self) -> dict[str, Any]:
         """Lightning's dict, with a :class:`StoredTensor` for each tensor that is stored in shares."""
+        self.check(self.folder / STATE)
         return put_back(read_state(self.folder), self.stored)
 
     def stored(self, name: str) -> StoredTensor:
@@ -64,6 +77,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} is damaged: it names tensor {name!r}, which its index does not have")
         entry = cast(TensorStorageMetadata, entry)
         return StoredTensor(name, entry.size, entry.properties.dtype, self)
+
+    def try_all(self) -> None:
+        """Read everything once, a tensor at a time, and keep nothing.
+
+        Raises:
+            CheckpointError: something can't be read.
+        """
+        self.load()
+        for name in self.index.state_dict_metadata:
+            self.stored(name).read()
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -82,11 +105,11 @@ def save(path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
     tree, shares = take_shares(checkpoint)
     tree = together(lambda: as_plain(tree))
     with new_directory(path) as staging:
-        save_shares(staging, shares)
+        digests = save_shares(staging, shares)
 
         def finish() -> None:
             write_state(staging, tree)
-            manifest.write(staging)
+            manifest.write(staging, digests)
 
         on_rank_zero(finish)
 
@@ -112,4 +135,4 @@ def load_into(targets: Iterable[tuple[Share, StoredTensor | Tensor]]) -> None:
             rounds.append((value.checkpoint, free := {}))
         free[value.name] = share
     for checkpoint, shares in rounds:
-        load_shares(checkpoint.folder, checkpoint.index, shares)
+        load_shares(checkpoint.folder, checkpoint.index, shares, checkpoint.check)
