@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
 
     A rank that returned waits for the word to leave: rank 0 hosts the store, so none may leave while others work.
     """
+    gc.freeze()  # garbage is not looked for in all that the server imported: half a million objects, on pages it shares
     os.setpgrp()  # the rank leads a group: its loader's workers can be ended with it
     _write_to(os.path.join(folder, "output"))
     stacks = open(os.path.join(folder, "stacks"), "w")  # noqa: SIM115 - open as long as the process
