@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,6 +17,7 @@ from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import UNCUT, PlanError, block_list, block_names, kinds_of
 from lightning_bharat.plan.copies import copy_around_tensors, copy_module
 from lightning_bharat.plan.exchange import OnePeer
+from lightning_bharat.plan.fake_mode import FakeMode
 from lightning_bharat.plan.flops import FlopCounter
 from lightning_bharat.plan.sources import FromBlock, Sources
 from lightning_bharat.plan.vocabulary import VocabularyShard, watch_gathers
@@ -92,7 +92,7 @@ class Observation:
     outputs: int = 0
     wire: torch.dtype = torch.float32
     costs: tuple[int, ...] = ()
-    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    mode: FakeMode = field(default_factory=FakeMode)
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class Observation:
         return tuple(dict.fromkeys(self.order[last:]))
 
 
-def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_copy(module: nn.Module, mode: FakeMode) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers are fake tensors on the CPU; no data is copied."""
     memo: dict[int, Any] = {}
     with mode:
@@ -172,7 +172,7 @@ def observe_twice(
 
 
 def _observe(module: nn.Module, step: Step, batch: Any, names: tuple[str, ...], kinds: tuple[str, ...]) -> Observation:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     seen = Observation(fake_copy(module, mode), names, kinds, heads=vocabulary_heads(module, names), mode=mode)
     seen.shell.train()
     watch = _Watch(seen)

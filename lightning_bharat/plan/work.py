@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.alone import Alone
 from lightning_bharat.plan.blocks import PlanError, kinds_of
 from lightning_bharat.plan.exchange import OnePeer
+from lightning_bharat.plan.fake_mode import FakeMode
 from lightning_bharat.plan.flops import FlopCounter
 from lightning_bharat.plan.observe import Answers, Step, fake_copy
 
@@ -400,7 +400,7 @@ def _run(
     peers: CountingPeers,
     skipped: Collection[int],
 ) -> Work:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     watch = _Watch(shell := fake_copy(module, mode).train(), blocks, peers)
     for part in skipped:
         _stand_in(shell.get_submodule(blocks[part - 1]), lambda: watch.out)
