@@ -10,8 +10,9 @@ import pytest
 from tests.ranks import server
 
 
-def pytest_configure() -> None:
-    server.warm_up()
+def pytest_configure(config: pytest.Config) -> None:
+    if not getattr(config.option, "numprocesses", None):  # xdist's controller runs no test: its workers have their own
+        server.warm_up()
 
 
 @pytest.fixture(autouse=True)
