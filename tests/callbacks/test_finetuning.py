@@ -103,15 +103,27 @@ def run(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return request.param, run_ranks(fit, 1, request.param, None)[0]
 
 
+@pytest.fixture(scope="module")
+def saved(run: tuple, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The checkpoints of each epoch on two data ranks, and what these found."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_ranks(fit, 2, run[0], LAYOUTS["data"], str(folder))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_thaws_as_one_process(run: tuple, layout: str) -> None:
-    for found in run_ranks(fit, LAYOUTS[layout].devices, run[0], LAYOUTS[layout]):
-        assert_same(found, run[1])
+def test_every_layout_thaws_as_one_process(run: tuple, saved: tuple, layout: str) -> None:
+    found = saved[1] if layout == "data" else run_ranks(fit, LAYOUTS[layout].devices, run[0], LAYOUTS[layout])
+    for rank in found:
+        assert_same(rank, run[1])
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_resumed_before_and_after_the_thaw(tmp_path: Path, run: tuple, epoch: int) -> None:
-    run_ranks(fit, 2, run[0], LAYOUTS["data"], str(tmp_path))
-    for found in run_ranks(fit, 2, run[0], LAYOUTS["tensor"], None, str(tmp_path / f"epoch={epoch}.ckpt")):
-        assert len(found["losses"]) == (EPOCHS - 1 - epoch) * BATCHES
-        assert_same(found, run[1])
+def resumed(name: str, paths: list[str]) -> list[dict[str, Any]]:
+    return [fit(name, LAYOUTS["tensor"], None, path) for path in paths]
+
+
+def test_resumed_before_and_after_the_thaw(run: tuple, saved: tuple) -> None:
+    epochs = (0, 1)
+    for rank in run_ranks(resumed, 2, run[0], [str(saved[0] / f"epoch={epoch}.ckpt") for epoch in epochs]):
+        for epoch, found in zip(epochs, rank, strict=True):
+            assert len(found["losses"]) == (EPOCHS - 1 - epoch) * BATCHES
+            assert_same(found, run[1])

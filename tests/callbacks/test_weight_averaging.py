@@ -181,17 +181,24 @@ def whole_run() -> Callable[[str], dict[str, Any]]:
     return run
 
 
+def fits(kinds: list[str], layout: Layout, options: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """:func:`fit` of each kind, one after another on the same ranks."""
+    return [fit(kind, layout, options=options) for kind in kinds]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["ema", "swa"])
-def test_every_layout_averages_as_lightning_does_on_one_process(whole_run: Callable, kind: str, layout: str) -> None:
-    for found in run_ranks(fit, LAYOUTS[layout].devices, kind, LAYOUTS[layout]):
-        assert_same(found, whole_run(kind))
+def test_every_layout_averages_as_lightning_does_on_one_process(whole_run: Callable, layout: str) -> None:
+    kinds = ["ema", "swa"]
+    for rank in run_ranks(fits, LAYOUTS[layout].devices, kinds, LAYOUTS[layout]):
+        for kind, found in zip(kinds, rank, strict=True):
+            assert_same(found, whole_run(kind))
 
 
-@pytest.mark.parametrize("kind", ["avg_fn", "multi_avg_fn", "sometimes"])
-def test_functions_and_intervals(whole_run: Callable, kind: str) -> None:
-    for found in run_ranks(fit, 4, kind, LAYOUTS["both"], END, None, None, {"reshard_after_forward": False}):
-        assert_same(found, whole_run(kind))
+def test_functions_and_intervals(whole_run: Callable) -> None:
+    kinds = ["avg_fn", "multi_avg_fn", "sometimes"]
+    for rank in run_ranks(fits, 4, kinds, LAYOUTS["both"], {"reshard_after_forward": False}):
+        for kind, found in zip(kinds, rank, strict=True):
+            assert_same(found, whole_run(kind))
 
 
 def test_before_the_first_update_the_weights_are_the_module_s_own(whole_run: Callable) -> None:
@@ -201,11 +208,27 @@ def test_before_the_first_update_the_weights_are_the_module_s_own(whole_run: Cal
     assert whole_run("each epoch")["vals"][2:4] == whole_run("each epoch")["vals"][:2]  # Lightning's: the initial ones
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[dict[str, Any]]]]:
+    """The checkpoint of a run on a layout, saved after :data:`STOP` steps, beside it ``within.ckpt`` of the validation
+    after them, and what its ranks found; run once for each layout."""
+    runs: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
+
+    def run(name: str) -> tuple[Path, list[dict[str, Any]]]:
+        if name not in runs:
+            folder, layout = tmp_path_factory.mktemp("stopped"), LAYOUTS[name]
+            within = str(folder / "within.ckpt")
+            ranks = run_ranks(fit, layout.devices, "ema", layout, STOP, str(folder), None, None, within)
+            runs[name] = folder / f"step={STOP}.ckpt", ranks
+        return runs[name]
+
+    return run
+
+
 @pytest.mark.parametrize(("first", "then"), [("data", "tensor"), ("both", "one"), ("one", "both"), ("tensor", "data")])
-def test_resumed_on_another_layout(tmp_path: Path, whole_run: Callable, first: str, then: str) -> None:
-    a, b = LAYOUTS[first], LAYOUTS[then]
-    run_ranks(fit, a.devices, "ema", a, STOP, str(tmp_path))
-    for found in run_ranks(fit, b.devices, "ema", b, END, None, str(tmp_path / f"step={STOP}.ckpt")):
+def test_resumed_on_another_layout(stopped: Callable, whole_run: Callable, first: str, then: str) -> None:
+    layout = LAYOUTS[then]
+    for found in run_ranks(fit, layout.devices, "ema", layout, END, None, str(stopped(first)[0])):
         assert len(found["losses"]) == END - STOP
         assert_same(found, whole_run("ema"), slice(8, None))
 
@@ -215,10 +238,9 @@ def load(path: Path) -> dict[str, Tensor]:
     return {name: v.read() if isinstance(v, StoredTensor) else v for name, v in open_any(path).weights().items()}
 
 
-def test_averages_are_stored_in_pieces_once_and_exported(tmp_path: Path) -> None:
-    ranks = run_ranks(fit, 4, "ema", LAYOUTS["both"], STOP, str(tmp_path))
+def test_averages_are_stored_in_pieces_once_and_exported(stopped: Callable) -> None:
+    path, ranks = stopped("both")
     left = ranks[0]["left"]
-    path = tmp_path / f"step={STOP}.ckpt"
     index = read_index(path)
     model = {name for name, _ in Averaged().named_parameters()}
     for name in model:
@@ -251,10 +273,10 @@ def test_plain_lightning_and_we_continue_from_each_other_s_ckpt(tmp_path: Path, 
         assert_same(found, whole_run("ema"), slice(8, None))
 
 
-def test_saved_in_validation_both_are_the_right_way_round(tmp_path: Path) -> None:
+def test_saved_in_validation_both_are_the_right_way_round(stopped: Callable) -> None:
     """Lightning's callback would save the averages as the weights that train, and these as the averages."""
-    run_ranks(fit, 2, "ema", LAYOUTS["data"], STOP, str(tmp_path), None, None, str(tmp_path / "within.ckpt"))
-    before, within = (open_any(tmp_path / name).content for name in (f"step={STOP}.ckpt", "within.ckpt"))
+    path, _ = stopped("data")
+    before, within = (open_any(saved).content for saved in (path, path.with_name("within.ckpt")))
     for key in ("state_dict", "current_model_state"):
         for name, value in before[key].items():
             torch.testing.assert_close(within[key][name].read(), value.read(), rtol=0, atol=0, msg=name)
