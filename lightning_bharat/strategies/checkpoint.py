@@ -31,6 +31,7 @@ from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import metric_states
+from lightning_bharat.strategies.randomness import RandomStates
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -46,6 +47,7 @@ class ShardedCheckpoints(_Base):
             Lightning ``.ckpt`` with everything, gathered in rank 0's host memory. Both are read, whatever it says.
         layout, plan, slices, tensor_group: of the strategy.
         stages: of its pipeline; ``None`` without one.
+        random_states: what a run that goes on draws from.
     """
 
     save_distributed_checkpoint: bool = True
@@ -54,6 +56,11 @@ class ShardedCheckpoints(_Base):
     slices: dict[str, TensorSlice]
     tensor_group: dist.ProcessGroup | None
     stages: Stages | None = None
+    random_states: RandomStates
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.random_states = RandomStates()
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -100,6 +107,7 @@ class ShardedCheckpoints(_Base):
         path = directory.local_path(self.broadcast(filepath))
         module = self._module()
         manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module)
+        checkpoint = self.random_states.with_states(checkpoint, self.layout, self.root_device)
         checkpoint = with_positions(checkpoint, self.layout)
         if self.save_distributed_checkpoint:
             state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
@@ -152,6 +160,7 @@ class ShardedCheckpoints(_Base):
                 optimizers.load_state(optimizer, names, self.slices, state)
 
         together(load)
+        self.random_states.read(checkpoint, self.layout, self.global_rank)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; a process killed meanwhile leaves no half one."""

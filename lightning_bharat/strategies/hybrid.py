@@ -230,7 +230,12 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
 
     # ---- steps
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.random_states.run_starts(self.root_device)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.random_states.batch_starts(batch_idx, self.root_device)
         if batch_idx == 0 and self._prepared is not None:
             self._prepared.refuse_hooks()
 

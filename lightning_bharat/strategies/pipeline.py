@@ -177,8 +177,10 @@ class Pipeline:
         return split(batch, parts(batch_size(batch), self.microbatches))
 
     def _seed(self, mb: int) -> None:
-        """The same random numbers on all stages, and others in each micro-batch and step."""
-        text = f"{self.seed}/{self.steps}/{mb}".encode()
+        """The same random numbers on all stages, and others in each micro-batch of each batch of the whole run, which a
+        resumed one counts on."""
+        batches = self.module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        text = f"{self.seed}/{batches}/{mb}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 2**63
         # Not torch.manual_seed: where CUDA was never used it keeps each call, with its stack, for later.
         torch.default_generator.manual_seed(seed)

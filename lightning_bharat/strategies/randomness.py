@@ -3,19 +3,23 @@
 Where tensor ranks would draw other dropout masks, skip other blocks, or augment a batch in another way, their gradients
 would belong to no one model. Data ranks, seeded alike by ``seed_everything``, would drop the same in all of their rows,
 or diffuse them by the same noise; outside of steps they keep the numbers that they have, by which samplers may agree.
+
+A run that goes on from a checkpoint draws what it would have drawn: :class:`RandomStates`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
+from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.streams import TensorStream
 
 
@@ -37,6 +41,68 @@ def apart(rank: int, device: torch.device) -> Iterator[None]:
     finally:
         for stream in streams.values():
             stream.leave()
+
+
+class RandomStates:
+    """The states of a rank's generators in checkpoints, by data ranks: others agree with theirs.
+
+    With as many data ranks as before each finds its own; else all take the first one's.
+    """
+
+    KEY = "lightning_bharat_random"
+
+    def __init__(self) -> None:
+        self._saved: dict[str, Any] | None = None
+
+    def with_states(self, checkpoint: dict[str, Any], layout: Layout, device: torch.device) -> dict[str, Any]:
+        """Lightning's dict with the states of all data ranks, or the one that they share. All ranks must call it."""
+        of_data = [_plain(_states(device))]
+        if dist.is_initialized():
+            own, digests = of_data[0], [0] * dist.get_world_size()
+            dist.all_gather_object(digests, _digest(own))
+            ranks = [layout.rank(data=i) for i in range(layout.data)]
+            if len({digests[rank] for rank in ranks}) > 1:
+                everyone: list[Any] = [None] * len(digests)
+                dist.all_gather_object(everyone, own)
+                of_data = [everyone[rank] for rank in ranks]
+        return {**checkpoint, self.KEY: of_data}
+
+    def read(self, checkpoint: Mapping[str, Any], layout: Layout, rank: int) -> None:
+        """Remember what is to be drawn from when the run goes on."""
+        of_data = checkpoint.get(self.KEY)  # not in a checkpoint of plain Lightning
+        if of_data:
+            mine = layout.coordinates(rank)["data"] if len(of_data) == layout.data else 0
+            self._saved = of_data[mine]
+
+    def run_starts(self, device: torch.device) -> None:
+        """The run goes on, and may begin an epoch, whose order it draws."""
+        if self._saved is not None:
+            _set_states(_from_plain(self._saved), device)
+
+    def batch_starts(self, index: int, device: torch.device) -> None:
+        """Of the first batch: in the middle of an epoch, to begin its loaders again has drawn numbers once more."""
+        if self._saved is not None and index > 0:
+            _set_states(_from_plain(self._saved), device)
+        self._saved = None
+
+
+def _plain(states: dict[str, Any]) -> dict[str, Any]:
+    """In types that a checkpoint may hold."""
+    kind, keys, *rest = states["numpy"]
+    return {**states, "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+
+
+def _from_plain(states: dict[str, Any]) -> dict[str, Any]:
+    kind, keys, *rest = states["numpy"]
+    return {**states, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)}
+
+
+def _digest(states: dict[str, Any]) -> int:
+    digest = xxhash.xxh3_64()
+    for tensor in (states["torch"], states["numpy"][1], states.get("device", torch.empty(0))):
+        digest.update(tensor.numpy().data)
+    digest.update(repr((states["numpy"][2:], states["python"])).encode())
+    return digest.intdigest()
 
 
 def _states(device: torch.device) -> dict[str, Any]:

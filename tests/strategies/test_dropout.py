@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from tests import modules
 from tests.modules import fit
 from tests.ranks import run_ranks
 from tests.strategies.layouts import Layers
@@ -133,3 +138,40 @@ def test_recomputation_drops_the_same() -> None:
         assert torch.equal(first, again)
         assert torch.equal(second, once_more)
         assert not torch.equal(first, second)
+
+
+class KnowsItsPlace(modules.Rows):
+    at = 0  # batches of this epoch that were taken
+
+    def __iter__(self) -> Iterator[modules.Batch]:
+        for batch in list(super().__iter__())[self.at :]:
+            self.at += 1
+            yield batch
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def _losses(strategy: dict[str, Any], folder: str, ckpt: str | None) -> list[float]:
+    """Of five epochs of two steps, or what is left of them; saves after each third step."""
+    made = Drops()
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+    options = {"callbacks": [keep], "enable_checkpointing": True, "limit_val_batches": 0}
+    modules.Rows = KnowsItsPlace  # type: ignore[misc]
+    random.seed(os.environ["RANK"])  # other numbers on each data rank
+    fit(lambda: made, strategy, steps=10, batch=64, ckpt=ckpt, batches=2, **options)
+    return [*(loss for loss, _ in made.seen), random.random()]
+
+
+@pytest.mark.parametrize("strategy", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
+def test_a_run_that_goes_on_drops_what_it_would_have_dropped(strategy: dict[str, Any], tmp_path: Path) -> None:
+    """Bit by bit, from the middle of an epoch and from its end."""
+    whole = run_ranks(_losses, 2, strategy, str(tmp_path / "whole"), None)
+    for step in (3, 6):
+        saved = str(tmp_path / "whole" / f"step={step}.ckpt")
+        for rank, again in enumerate(run_ranks(_losses, 2, strategy, str(tmp_path / "again"), saved)):
+            assert again == whole[rank][step:]
