@@ -1,6 +1,6 @@
 """An ordinary LightningModule, unchanged, on any number of devices.
 
-Importing it registers ``strategy="bharat_hybrid"``.
+Importing it registers ``strategy="bharat_hybrid"`` and ``"bharat_deepspeed"``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_bharat.plan.layout import Layout
     from lightning_bharat.plan.model_plan import Cut, ModelPlan
+    from lightning_bharat.strategies.deepspeed import DeepSpeedStrategy
     from lightning_bharat.strategies.float8 import Float8Precision
     from lightning_bharat.strategies.hybrid import HybridStrategy
 
 __version__ = "0.1.0"
-__all__ = ["Cut", "Float8Precision", "HybridStrategy", "Layout", "ModelPlan"]
+__all__ = ["Cut", "DeepSpeedStrategy", "Float8Precision", "HybridStrategy", "Layout", "ModelPlan"]
 
 _HOMES = {
     "Cut": "plan.model_plan",
+    "DeepSpeedStrategy": "strategies.deepspeed",
     "Float8Precision": "strategies.float8",
     "HybridStrategy": "strategies.hybrid",
     "Layout": "plan.layout",
@@ -35,14 +37,17 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Make ``strategy="bharat_hybrid"`` known to Lightning, if it is not yet."""
+    """Make the names of our strategies known to Lightning, if they are not yet."""
     from lightning.pytorch.strategies import StrategyRegistry
 
+    from lightning_bharat.strategies.deepspeed import DeepSpeedStrategy
     from lightning_bharat.strategies.hybrid import HybridStrategy
 
     if "bharat_hybrid" not in StrategyRegistry:
         description = "An unchanged module, cut over data and tensor ranks"
         StrategyRegistry.register("bharat_hybrid", HybridStrategy, description=description)
+        description = "DeepSpeed's ZeRO on every accelerator"
+        StrategyRegistry.register("bharat_deepspeed", DeepSpeedStrategy, description=description)
 
 
 # The command shows its help at once, without importing torch: it registers when it runs something.

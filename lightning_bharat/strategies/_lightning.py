@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.strategies.deepspeed import _format_precision_config
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
 )
 from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
@@ -201,3 +205,44 @@ class _Summary:
 def materialize_distributed(module: nn.Module, device: torch.device) -> None:
     """Give memory and values to what a module that is already distributed has on ``meta``."""
     _materialize_distributed_module(module, device)
+
+
+# Of Lightning's DeepSpeedStrategy, with their defaults. "config" and "stage" are arguments of its child.
+DEEPSPEED_ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in signature(DeepSpeedStrategy.__init__).parameters.items()
+    if name not in ("self", "config", "stage")
+}
+_OF_ZERO = ["stage", "contiguous_gradients", "overlap_comm", "allgather_partitions", "reduce_scatter"]
+_OF_ZERO += ["allgather_bucket_size", "reduce_bucket_size", "sub_group_size"]
+
+
+def is_of_config(argument: str) -> bool:
+    """Whether an argument of DeepSpeedStrategy becomes a part of DeepSpeed's config."""
+    return argument in _OF_ZERO or argument in signature(DeepSpeedStrategy._create_default_config).parameters
+
+
+def deepspeed_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that Lightning's DeepSpeedStrategy makes of its arguments; defaults for those that are left out."""
+    every = {"stage": 2, **DEEPSPEED_ARGUMENTS, **arguments}
+    known = {name: value for name, value in every.items() if is_of_config(name)}
+    return DeepSpeedStrategy._create_default_config(None, **known)  # type: ignore[arg-type]
+
+
+def add_precision(config: dict[str, Any], precision: str, strategy: DeepSpeedStrategy) -> None:
+    """Ask DeepSpeed for the type of ``precision``, with the scaler that ``strategy`` has been given, where ``config``
+    says nothing of it."""
+    names = ("loss_scale", "loss_scale_window", "min_loss_scale", "initial_scale_power", "hysteresis")
+    _format_precision_config(config, precision, **{name: getattr(strategy, name) for name in names})
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Whether the batch that is being run is followed by another one before the optimizer steps."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def meet_by_deepspeed(strategy: Any) -> None:
+    """As Lightning's DeepSpeedStrategy lets ranks meet, which also asks whether their devices are all GPUs."""
+    reset_seed()
+    strategy.set_world_ranks()
+    strategy._init_deepspeed_distributed()

@@ -157,6 +157,20 @@ def _check_context(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_unknown(strategy: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names of arguments that ``strategy`` does not have.
+
+    Raises:
+        TypeError: names the nearest.
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3, 0.5)
+            instead = " or ".join(near) if near else f"one of {', '.join(names)}"
+            raise TypeError(f"{strategy} has no argument {name!r}; write {instead}")
+
+
 def known_arguments(init: _Init) -> _Init:
     """For the ``__init__`` that has these arguments: refuses others, and names the nearest.
 
@@ -166,11 +180,7 @@ def known_arguments(init: _Init) -> _Init:
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in RULES:
-                near = difflib.get_close_matches(name, RULES, 3, 0.5)
-                instead = " or ".join(near) if near else f"one of {', '.join(RULES)}"
-                raise TypeError(f"HybridStrategy has no argument {name!r}; write {instead}")
+        refuse_unknown("HybridStrategy", kwargs, RULES)
         init(self, *args, **kwargs)
 
     return cast(_Init, checked)

@@ -1,5 +1,5 @@
-"""Private names of Lightning, torch and torchmetrics: they stand in three files, or in a short list, and mean what is
-relied on.
+"""Private names of Lightning, torch, torchmetrics and DeepSpeed: they stand in four files, or in a short list, and mean
+what is relied on.
 
 When a test here fails after an upgrade, its words say which name moved or changed and what the package asks of it.
 """
@@ -22,6 +22,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities import device_dtype_mixin, distributed, init
+from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
 from lightning.pytorch.core import optimizer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -44,10 +45,11 @@ from torchmetrics import CatMetric
 from torchmetrics.utilities.data import dim_zero_cat
 
 import lightning_bharat
+from lightning_bharat.strategies import _lightning
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
-THE_THREE = ("strategies/_lightning.py", "strategies/_torch.py", "strategies/_torchmetrics.py")
+THE_FOUR = tuple(f"strategies/{name}.py" for name in ("_lightning", "_torch", "_torchmetrics", "_deepspeed"))
 
 # What other files may use: torch has no public name for it, and much outside of torch is built on it.
 EVERYWHERE = {
@@ -78,8 +80,14 @@ EVERYWHERE = {
 
 # Private names of Lightning's classes that classes of this package set or override, on purpose.
 INHERITED = {"_after_closure", "_configure_launcher", "_launcher", "_precision_plugin"}
+INHERITED |= {
+    "_format_config",
+    "_init_config_if_needed",
+    "_initialize_deepspeed_inference",
+    "_setup_model_and_optimizer",
+}
 
-# Attributes that the three files give to objects of torch's.
+# Attributes that the four files give to objects of torch's.
 OURS = {"_agrees"}
 
 
@@ -176,13 +184,13 @@ def use(x, own):
     assert found == {"_shard", "_inductor", "_thing", "_hidden", "_named", "_deep", "_deeper", "_inherited"}
 
 
-def test_private_names_stand_in_three_files_or_in_the_list() -> None:
+def test_private_names_stand_in_four_files_or_in_the_list() -> None:
     trees = files()
     own = own_names(trees)
     allowed = set(EVERYWHERE) | INHERITED
-    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_THREE}
+    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_FOUR}
     found = {name: private for name, private in found.items() if private}
-    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_THREE)}: {found}"
+    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_FOUR)}: {found}"
 
 
 def test_nothing_in_the_list_is_left_over() -> None:
@@ -223,10 +231,10 @@ def test_no_class_takes_a_private_name_that_a_class_it_extends_has() -> None:
     assert seen == INHERITED, "not taken any more, or not found any more"
 
 
-def test_every_private_name_of_the_three_files_is_checked_below() -> None:
+def test_every_private_name_of_the_four_files_is_checked_below() -> None:
     trees = files()
     own = own_names(trees)
-    found = {name for file in THE_THREE for name in foreign(trees[file], own)} - OURS
+    found = {name for file in THE_FOUR for name in foreign(trees[file], own)} - OURS
     assert found - set(CHECKS) == set(), "write a check: that it exists, and means what is relied on"
     assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
 
@@ -298,6 +306,33 @@ def tuner_leaves_by_it() -> None:
     from lightning.pytorch.callbacks import lr_finder
 
     assert "raise _TunerExitException" in inspect.getsource(lr_finder)
+
+
+@relied_on("_should_accumulate")
+def loops_know_whether_a_step_follows() -> None:
+    """The fit loop's _should_accumulate() says, of the batch that is being run, whether it comes without a step."""
+    trainer = L.Trainer(barebones=True, accumulate_grad_batches=2)
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    answers = []
+    for _ in range(2):
+        progress.increment_ready()
+        answers.append(trainer.fit_loop._should_accumulate())
+    assert answers == [True, False]
+
+
+@relied_on("_create_default_config", "_format_precision_config", "_init_deepspeed_distributed")
+def deepspeed_s_config_is_made_of_arguments() -> None:
+    """Lightning's DeepSpeedStrategy makes its config of arguments without looking at itself, adds a type, and meets."""
+    kind = strategies.DeepSpeedStrategy
+    made = _lightning.deepspeed_config({"stage": 3, "offload_optimizer": True})
+    assert made["zero_optimization"]["stage"] == 3 and made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    _lightning.add_precision(made, "bf16-mixed", kind())
+    assert made["bf16"] == {"enabled": True}
+    assert "deepspeed.init_distributed(" in inspect.getsource(kind._init_deepspeed_distributed)
+    for name in ("_init_config_if_needed", "_initialize_deepspeed_inference"):  # what the child's own is called by
+        assert f"self.{name}(" in inspect.getsource(kind)
+    assert "self._format_config()" in inspect.getsource(kind._init_config_if_needed)
+    assert "self._setup_model_and_optimizer(model, optimizer, scheduler)" in inspect.getsource(kind)
 
 
 @relied_on("_data_source")
