@@ -121,10 +121,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return safe_load(folder / STATE)
 
 
-def safe_load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """``torch.load(weights_only=True)`` on the CPU, with errors in words; see :func:`read_state`."""
+def safe_load(path: Path, mmap: bool = False, stand_ins: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """``torch.load(weights_only=True)`` on the CPU, with errors in words; see :func:`read_state`.
+
+    Args:
+        stand_ins: by the full names of classes that the file may hold, what is built in their place.
+    """
+    known: list[Any] = [(kind, name) for name, kind in (stand_ins or {}).items()]
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals(known):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {path.parent} is an incomplete copy of a checkpoint") from None
     except pickle.UnpicklingError as error:

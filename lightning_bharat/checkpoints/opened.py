@@ -1,4 +1,4 @@
-"""Any checkpoint, opened the same way: a directory of ours or a plain Lightning `.ckpt`."""
+"""Any checkpoint, opened the same way: a directory of ours, one of DeepSpeed's, or a plain Lightning `.ckpt`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bharat.checkpoints import plain, stored
+from lightning_bharat.checkpoints import deepspeed, plain, stored
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.manifest import FORMAT, MANIFEST
 
@@ -22,7 +22,7 @@ class Opened:
     Attributes:
         path: where it lies.
         content: Lightning's dict.
-        about: the manifest's fields; ``{}`` for a ``.ckpt`` that plain Lightning wrote.
+        about: the manifest's fields; ``{}`` for what plain Lightning or DeepSpeed wrote.
     """
 
     path: Path
@@ -36,12 +36,14 @@ class Opened:
 
 
 def open_any(checkpoint: str | Path) -> Opened:
-    """Open a directory or a ``.ckpt`` without reading its tensors and without running code from it.
+    """Open a directory (ours or DeepSpeed's) or a ``.ckpt`` without reading its tensors and without running its code.
 
     Raises:
         CheckpointError: it is neither, or is damaged.
     """
     path = Path(checkpoint)
+    if deepspeed.is_checkpoint(path):
+        return Opened(path, content_of(path), {})
     if path.is_dir():
         found = stored.Checkpoint(path)
         return Opened(path, found.load(), vars(found.manifest))
@@ -49,6 +51,13 @@ def open_any(checkpoint: str | Path) -> Opened:
         raise CheckpointError(f"{path} does not exist; write a directory with {MANIFEST}, or a Lightning .ckpt file")
     content = plain.read(path)
     return Opened(path, content, content.pop(FORMAT, {}))
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """Lightning's dict, as a strategy loads it; see :func:`open_any`."""
+    if path.is_file():
+        return plain.read(path)
+    return deepspeed.read(path) if deepspeed.is_checkpoint(path) else stored.Checkpoint(path).load()
 
 
 def reader(value: Tensor | stored.StoredTensor, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:

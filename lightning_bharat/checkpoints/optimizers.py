@@ -86,7 +86,7 @@ def load_state(optimizer: Optimizer, names: Mapping[int, str], slices: Slices, s
         CheckpointError: groups hold other parameters, or a shape differs; it names them.
     """
     groups = _groups(optimizer, names)
-    by_name = _with_names(saved, groups)
+    by_name = with_names(saved, groups)
     targets: list[tuple[Share, StoredTensor | Tensor]] = []
     created: dict[Tensor, dict[str, Any]] = {}
     for parameter, name in _named(optimizer, names):
@@ -134,8 +134,12 @@ def _numbered(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return numbered
 
 
-def _with_names(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Saved state by parameter names, after a check that ``saved`` is about the parameters in ``groups``."""
+def with_names(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Saved state by parameter names, after a check that ``saved`` is about the parameters in ``groups``.
+
+    Raises:
+        CheckpointError: it is not; names what differs.
+    """
     old = saved["param_groups"]
     if len(old) != len(groups):
         raise CheckpointError(f"the checkpoint's optimizer has {len(old)} parameter groups, and this one {len(groups)}")

@@ -28,7 +28,7 @@ class StoredTensor:
     name: str
     shape: torch.Size
     dtype: torch.dtype
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
 
     def read(self) -> Tensor:
         """The whole tensor, in host memory."""
@@ -126,8 +126,8 @@ def load_into(targets: Iterable[tuple[Share, StoredTensor | Tensor]]) -> None:
     for share, value in targets:
         if tuple(value.shape) != share.shape:
             raise CheckpointError(f"a tensor of shape {list(value.shape)} can't be loaded into {list(share.shape)}")
-        if isinstance(value, Tensor):
-            share.fill(value)
+        if isinstance(value, Tensor) or value.checkpoint is None:
+            share.fill(value if isinstance(value, Tensor) else value.read())
             continue
         # One stored tensor may go to several places (weights that are no longer tied): these take a round each.
         free = next((r for c, r in rounds if c is value.checkpoint and value.name not in r), None)

@@ -45,7 +45,7 @@ def export(
         bharat checkpoint export checkpoints/last.ckpt exported --dtype bfloat16 --tokenizer data/tokenizer.json
 
     Args:
-        checkpoint: a checkpoint directory, or a plain Lightning .ckpt.
+        checkpoint: a checkpoint directory, also one that DeepSpeed wrote, or a plain Lightning .ckpt.
         out: the folder to write.
         prefix: beginning of the names that are exported, which is taken off; what has another name is left out.
             By default that of the module's Hugging Face model, else none: all names as in the LightningModule.
@@ -76,23 +76,23 @@ def export(
 
 
 def convert(checkpoint: Path, out: Path, *, overwrite: bool = False) -> None:
-    """Turn a checkpoint directory into one plain Lightning .ckpt, or a .ckpt into a directory.
+    """Turn a checkpoint directory into one plain Lightning .ckpt, or a .ckpt or DeepSpeed's directory into one of ours.
 
     Weights, optimizers, loops and callbacks all go along; training continues from either, on any layout. Needs host
-    memory for all of it when a .ckpt is written.
+    memory for all of it, but where a .ckpt is read.
 
     Example:
         bharat checkpoint convert checkpoints/last.ckpt whole.ckpt
 
     Args:
-        checkpoint: a checkpoint directory, or a plain Lightning .ckpt.
-        out: the file or directory to write, the other of the two.
+        checkpoint: a checkpoint directory, a plain Lightning .ckpt, or a directory that DeepSpeed wrote.
+        out: the file or directory to write, the other of the first two.
         overwrite: replace what is at ``out``.
     """
     _free(out, overwrite)
     found = open_any(checkpoint)
     about = {f.name: found.about[f.name] for f in fields(Manifest) if f.name in found.about and f.name != "files"}
-    if checkpoint.is_dir():
+    if stored.is_checkpoint(checkpoint):
         content = _map(found.content, stored.StoredTensor, _reading_once())
         states = [_by_index(state) for state in content.get("optimizer_states", [])]
         if "optimizer_states" in content:
@@ -102,7 +102,10 @@ def convert(checkpoint: Path, out: Path, *, overwrite: bool = False) -> None:
         plain.write(directory.local_path(out), {**content, FORMAT: about})
         return
     content = {
-        key: _map(value, Tensor, _sharing_once()) if key in WEIGHTS else value for key, value in found.content.items()
+        key: _map(_map(value, stored.StoredTensor, _reading_once()), Tensor, _sharing_once())
+        if key in WEIGHTS
+        else value
+        for key, value in found.content.items()
     }
     stored.save(directory.local_path(out), content, Manifest(**about) if about else Manifest.of(content))
 
@@ -114,7 +117,7 @@ def show(checkpoint: Path, *, tensors: bool = False) -> None:
         bharat checkpoint show checkpoints/last.ckpt --tensors true
 
     Args:
-        checkpoint: a checkpoint directory, or a plain Lightning .ckpt.
+        checkpoint: a checkpoint directory, also one that DeepSpeed wrote, or a plain Lightning .ckpt.
         tensors: also print each weight's name, type and shape.
     """
     print(describe(open_any(checkpoint), tensors))
@@ -127,9 +130,9 @@ def describe(found: Opened, tensors: bool = False) -> str:
     model = about.get("hugging_face")
     distinct = {getattr(v, "name", None) or v.data_ptr(): v for v in weights.values()}  # type: ignore[union-attr]
     lines = {
-        "checkpoint": f"{found.path} ({'directory' if found.path.is_dir() else 'plain Lightning file'})",
+        "checkpoint": f"{found.path} ({_kind(found.path)})",
         "step": f"{found.content.get('global_step', 0)} (epoch {found.content.get('epoch', 0)})",
-        "saved on": layout if about else "one device (by plain Lightning)",
+        "saved on": layout if about else "unknown (not written there)",
         "weights": f"{sum(prod(v.shape) for v in distinct.values()):,} in {len(distinct)} tensors",
         "optimizers": str(len(found.content.get("optimizer_states", []))),
         "Hugging Face": f"{model['class']} at {model['prefix'] or 'the top'}" if model else "no model",
@@ -139,6 +142,12 @@ def describe(found: Opened, tensors: bool = False) -> str:
     if tensors:
         text += [f"  {name}  {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for name, v in weights.items()]
     return "\n".join(text)
+
+
+def _kind(path: Path) -> str:
+    if path.is_file():
+        return "plain Lightning file"
+    return "directory" if stored.is_checkpoint(path) else "directory of DeepSpeed"
 
 
 def _named(found: Opened, prefix: str, drop_tied: bool) -> dict[str, Tensor | stored.StoredTensor]:

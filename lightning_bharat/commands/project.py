@@ -27,6 +27,7 @@ from lightning_bharat.commands.signature import HelpFormatter, OneMessage, say_e
 from lightning_bharat.data.errors import DataError
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.layout import LayoutError
+from lightning_bharat.strategies.deepspeed_config import ConfigError
 
 _EXAMPLES = {
     "fit": "bharat fit --model my.module.MyModel --data my.data.MyData --trainer.strategy bharat_hybrid "
@@ -64,7 +65,7 @@ class ProjectParser(OneMessage, LightningArgumentParser):
     def _build(self, kind: type, *args: Any, applied_instantiation_links: Any, **kwargs: Any) -> Any:
         try:
             return kind(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, ModuleNotFoundError) as error:  # the second: an extra that is not installed
             self.error(str(error))
 
 
@@ -72,7 +73,7 @@ class BadInput(Exception):
     """Options that can't be done as they are; the message says why."""
 
 
-BAD_PROJECT = (BadInput, LayoutError, PlanError, CheckpointError, DataError, MisconfigurationException)
+BAD_PROJECT = (BadInput, ConfigError, LayoutError, PlanError, CheckpointError, DataError, MisconfigurationException)
 
 
 class SaveConfig(SaveConfigCallback):

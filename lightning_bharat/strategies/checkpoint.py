@@ -25,6 +25,7 @@ from lightning_bharat.checkpoints import directory, optimizers, plain, stored, w
 from lightning_bharat.checkpoints.document import as_plain
 from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
 from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
+from lightning_bharat.checkpoints.opened import content_of
 from lightning_bharat.checkpoints.positions import take_position, with_positions
 from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.plan.layout import Layout
@@ -122,7 +123,8 @@ class ShardedCheckpoints(_Base):
         return self.plan
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a checkpoint directory or a plain ``.ckpt``; tensors are read later. All ranks must call it.
+        """Open a checkpoint directory, of ours or DeepSpeed's, or a plain ``.ckpt``; tensors are read later. All ranks
+        must call it.
 
         Raises:
             CheckpointError: on every rank: missing, damaged, or not safe to read (``weights_only=False`` is refused).
@@ -130,7 +132,7 @@ class ShardedCheckpoints(_Base):
         if weights_only is False:
             raise CheckpointError("weights_only=False runs code from the checkpoint; leave it out")
         path = directory.local_path(self.broadcast(checkpoint_path))
-        checkpoint = together(lambda: plain.read(path) if path.is_file() else stored.Checkpoint(path).load())
+        checkpoint = together(lambda: content_of(path))
         take_position(checkpoint, self.layout, self.global_rank)
         return checkpoint
 

@@ -132,6 +132,11 @@ class DeepSpeedConfig:
 
     def _take_precision(self, precision: str) -> None:
         used = TYPES.get(precision.partition("-")[0])
+        if used and self.stage == 0:
+            raise ConfigError(
+                f"stage 0 with precision={precision!r}: DeepSpeed saves float32 weights of these without names, and no "
+                "run could go on from them; write stage=1"
+            )
         for name in TYPES.values():
             said = self.values.get(name, {}).get("enabled", AUTO) if name in self.values else AUTO
             if said != AUTO and said != (name == used):

@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_bharat.strategies.deepspeed_config import ConfigError, DeepSpeedConfig
+from tests.cli.project import QUIET, Project
+from tests.cli.test_commands import bad
 
 
 class WithoutOptimizer(L.LightningModule):
@@ -108,7 +110,7 @@ def test_clipping_may_be_the_config_s_alone() -> None:
             ["bf16.enabled is True", "precision='32-true'", 'Trainer(precision="bf16-mixed")'],
         ),
         (
-            {"bf16": {"enabled": False}},
+            {"bf16": {"enabled": False}, "zero_optimization": {"stage": 1}},
             {"precision": "bf16-mixed"},
             ["bf16.enabled is False", "precision='bf16-mixed'", 'Trainer(precision="32-true")'],
         ),
@@ -128,6 +130,7 @@ def test_clipping_may_be_the_config_s_alone() -> None:
             {"arguments": {"offload_optimizer": True}},
             ["zero_optimization.offload_optimizer.device is 'none'", "'cpu'"],
         ),
+        ({}, {"precision": "bf16-true"}, ["stage 0 with precision='bf16-true'", "write stage=1"]),
         ({"zero_optimization": {"stage": 4}}, {}, ["zero_optimization.stage=4", "0, 1, 2 or 3"]),
         ({"zero_optimization": True}, {}, ["zero_optimization=True", '{"stage": 2}']),
         (None, {"arguments": {"stage": 5}}, ["stage=5", "0, 1, 2 or 3"]),
@@ -155,6 +158,24 @@ def test_files_that_hold_no_config(tmp_path: Path) -> None:
 def test_unknown_arguments_name_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"no argument 'offload_optimiser'; write offload_optimizer"):
         DeepSpeedConfig(None, None, {"offload_optimiser": True})
+
+
+def test_the_same_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = Project(tmp_path, monkeypatch)
+    Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}}))
+    for words, said in (
+        (["--trainer.strategy.stage=7"], "stage=7: write 0, 1, 2 or 3"),
+        (["--trainer.strategy.offload_parameters=true"], "offload_parameters with ZeRO stage 2"),
+        (
+            ["--trainer.strategy.config=ds.json", "--trainer.strategy.stage=1"],
+            "stage is 3 in the DeepSpeed config and 1",
+        ),
+        (["--trainer.strategy.config=ds.json", "--trainer.strategy.reduce_bucket_size=6"], "config and 6 by"),
+    ):
+        strategy = "--trainer.strategy=lightning_bharat.DeepSpeedStrategy"
+        assert said in bad(["fit", *project.classes, *QUIET, strategy, *words], capsys)
 
 
 def test_an_optimizer_in_the_config_alone() -> None:

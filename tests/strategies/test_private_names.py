@@ -239,6 +239,29 @@ def test_every_private_name_of_the_four_files_is_checked_below() -> None:
     assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
 
 
+# ---- DeepSpeed's
+
+
+@relied_on("_hp_mapping")
+def deepspeed_knows_the_parts_of_parameters() -> None:
+    """In stages 1 and 2 a parameter's _hp_mapping is its part in what a rank steps on; other names have no _."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    tensor_fragment = import_module("deepspeed.utils.tensor_fragment")  # deepspeed.utils has a class of that name
+    address = tensor_fragment.fragment_address(numel=2, start=1)
+    parameter, flat = torch.zeros(4), torch.arange(8.0)
+    fragment = tensor_fragment.get_hp_fragment_mapping(parameter, 3, flat, {}, {}, False, 0, 0, 8)
+    assert (fragment.hp_fragment_address.start, fragment.hp_fragment_address.numel) == (3, 4)
+    assert fragment.lp_fragment_address.start == 0 and type(fragment.lp_fragment_address) is type(address)
+    assert "._hp_mapping = " in inspect.getsource(import_module("deepspeed.utils.mixed_precision_linkage"))
+    text = inspect.getsource(stage3.DeepSpeedZeroOptimizer_Stage3)
+    for name in ("fp32_partitioned_groups_flat", "fp16_groups", "sub_group_to_group_id", "grad_position"):
+        assert f"self.{name} = " in text or f"self.{name}: " in text
+    assert "def get_param_id(" in text and "group_idx, dest_offset, num_elements = self.grad_position[" in text
+    text = inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer)
+    assert "self.single_partition_of_fp32_groups = " in text and "self.bit16_groups = " in text
+
+
 # ---- Lightning's
 
 
@@ -588,6 +611,4 @@ def test_it_exists_and_means_what_is_relied_on(check: Callable[[], None]) -> Non
     try:
         check()
     except Exception as error:
-        raise AssertionError(
-            f"{names}: no longer what strategies/_lightning.py and _torch.py ask: {check.__doc__}"
-        ) from error
+        raise AssertionError(f"{names}: no longer what the four files ask: {check.__doc__}") from error
