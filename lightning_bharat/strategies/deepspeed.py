@@ -52,7 +52,8 @@ class DeepSpeedStrategy(EndsTogether, LightningsStrategy):
     ) -> None:
         _deepspeed.deepspeed()
         self._settings = DeepSpeedConfig(stage, config, arguments)
-        super().__init__(config=self._settings.values, **self._settings.others)
+        # Those that have become a part of the config are not looked at again. The command line reads names from here.
+        super().__init__(config=self._settings.values, **arguments)
 
     # ---- setting up
 

@@ -40,7 +40,6 @@ class DeepSpeedConfig:
 
     Attributes:
         values: the config. "auto" and what only the Trainer knows is there after :meth:`complete`.
-        others: the arguments that have no place in a config.
 
     Raises:
         ConfigError: no such file, or config and arguments say two things.
@@ -53,7 +52,6 @@ class DeepSpeedConfig:
         refuse_unknown("DeepSpeedStrategy", arguments, _lightning.DEEPSPEED_ARGUMENTS)
         if stage is not None and (type(stage) is not int or stage not in STAGES):
             raise ConfigError(f"stage={stage!r}: write 0, 1, 2 or 3")
-        self.others = {name: value for name, value in arguments.items() if not _lightning.is_of_config(name)}
         asked = {**arguments, **({} if stage is None else {"stage": stage})}
         given = read(os.environ.get(FILE) if config is None else config)
         self.values = _lightning.deepspeed_config(asked) if given is None else merge(given, asked, stage)

@@ -63,8 +63,6 @@ def test_from_a_file_with_arguments_beside_it(tmp_path: Path) -> None:
     assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
     assert found["gradient_clipping"] == 1.0
     assert found["steps_per_print"] == 7
-    assert "config" not in DeepSpeedConfig(2, None, {"load_full_weights": True}).values
-    assert DeepSpeedConfig(2, None, {"load_full_weights": True}).others == {"load_full_weights": True}
 
 
 def test_the_dict_of_a_caller_stays_as_it_is() -> None:
@@ -163,6 +161,7 @@ def test_unknown_arguments_name_the_nearest() -> None:
 def test_the_same_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it has found no other
     project = Project(tmp_path, monkeypatch)
     Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}}))
     for words, said in (
