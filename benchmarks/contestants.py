@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-from lightning_bharat import HybridStrategy, Layout
+from lightning_bharat import DeepSpeedStrategy, HybridStrategy, Layout
 from lightning_bharat.models import GPT, GPTConfig, GPTModule
 from lightning_bharat.strategies.tensor import cut_module
 
@@ -87,13 +87,19 @@ class _KeepLosses(L.Callback):
 
 
 def ours(
-    config: GPTConfig, layout: Layout, microbatches: int, schedule: str = "1F1B"
+    config: GPTConfig, layout: Layout, microbatches: int, schedule: str = "1F1B", keeps_weights: bool = False
 ) -> tuple[HybridStrategy, ByTrainer]:
-    """The strategy of this package, with ``microbatches`` under a pipeline, and its loop."""
+    """The strategy of this package, with ``microbatches`` under a pipeline, and its loop.
+
+    Args:
+        keeps_weights: gathered ones stay from forward to backward.
+    """
     strategy = HybridStrategy(
         data_parallel_size=layout.data,
         tensor_parallel_size=layout.tensor,
         pipeline_parallel_size=layout.pipeline,
+        expert_parallel_size=layout.expert,
+        reshard_after_forward=False if keeps_weights else None,
         num_microbatches=microbatches if layout.pipeline > 1 else None,
         schedule=schedule,
     )
@@ -104,6 +110,11 @@ def lightnings(config: GPTConfig, layout: Layout) -> ByTrainer:
     """Lightning's own strategy for both cuts, which the module carries out in its ``configure_model``."""
     strategy = ModelParallelStrategy(data_parallel_size=layout.data, tensor_parallel_size=layout.tensor)
     return ByTrainer(config, layout, strategy, CutByItself)
+
+
+def deepspeeds(config: GPTConfig, layout: Layout, stage: int) -> ByTrainer:
+    """DeepSpeed's ZeRO on data ranks."""
+    return ByTrainer(config, layout, DeepSpeedStrategy(stage))
 
 
 class CutByItself(GPTModule):
@@ -189,7 +200,10 @@ class HandWritten:
             loss.backward()
             clip()
             optimizer.step()
+            self._after_step(model)
             self.losses.append(loss.detach())
+
+    def _after_step(self, model: GPT) -> None: ...
 
     def _cut(self, model: GPT) -> Any:
         """Cut the model as the strategy has cut its own; returns how to clip its gradients."""

@@ -1,5 +1,5 @@
-"""What the strategy costs a training step: against the same cuts in a hand-written loop, and against Lightning's
-ModelParallelStrategy.
+"""What the strategy costs a training step: against the same cuts in a hand-written loop, against Lightning's
+ModelParallelStrategy, and against DeepSpeed's ZeRO in stages 2 and 3.
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --layout data=2 --peer hand-written --size small
@@ -10,7 +10,8 @@ all that a loop does from one batch to the next, so a Trainer's holds everything
 is that of the slowest rank. Losses of the loops are compared: they must do the same work.
 
 The goal is that the upper 95 % bound of the ratio is at most 1.05 for the hand-written loop, and the lower at most 1.00
-for ModelParallelStrategy. A run whose null leaves 0.97 to 1.03 is void. Exit code 1: a void run, or a goal missed.
+for the others. Against stage 2, in which weights are whole, ours keeps gathered weights until the backward pass. A run
+whose null leaves 0.97 to 1.03 is void. Exit code 1: a void run, or a goal missed.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.by_experts import ByExperts
 from benchmarks.by_stages import ByStages
-from benchmarks.contestants import ByTrainer, HandWritten, batches, lightnings, ours
+from benchmarks.contestants import ByTrainer, HandWritten, batches, deepspeeds, lightnings, ours
 from benchmarks.paired import Interval, Turns, alternate, is_void, paired_ratio
 from lightning_bharat import Layout
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.table import table
 from lightning_bharat.models import GPTConfig
 
-LAYOUTS = ("data=2", "tensor=2", "data=2,tensor=2", "pipeline=2")
-PEERS = ("hand-written", "model-parallel")
+LAYOUTS = ("data=2", "tensor=2", "data=2,tensor=2", "pipeline=2", "data=2,expert=2")
+PEERS = ("hand-written", "model-parallel", "deepspeed-2", "deepspeed-3")
 Loop = ByTrainer | HandWritten | ByStages
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 5  # steps of each loop before the first that counts
@@ -59,6 +61,17 @@ SIZES = {
     "small": Size(GPTConfig(512, 128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2), 2, 64),
     "large": Size(GPTConfig(2048, 256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4), 4, 128),
 }
+
+
+# With expert ranks blocks have these in the place of a feed-forward.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+
+
+def runs(layout: Layout, peer: str) -> bool:
+    """Whether ``peer`` has the cuts of ``layout``."""
+    if peer == "hand-written":
+        return True
+    return layout.pipeline == layout.expert == 1 and (peer == "model-parallel" or layout.tensor == 1)
 
 
 @dataclass(frozen=True)
@@ -116,18 +129,21 @@ def measure(layout: str, peer: str, size: str, pairs: int, clock: str = "wall", 
 
 def _set_up(layout: Layout, peer: str, size: Size, steps: int, clock: str) -> tuple[dict[str, Loop], dict[str, Turns]]:
     data_rank = layout.coordinates(int(os.environ["RANK"]))["data"]
+    config = size.config if layout.expert == 1 else replace(size.config, **EXPERTS)
     # A pipeline's ranks share a batch: as many rows for each of them as for a data rank.
-    given = batches(size.config, size.rows * layout.pipeline, size.time, steps + 2, data_rank)
+    given = batches(config, size.rows * layout.pipeline, size.time, steps + 2, data_rank)
     loops: dict[str, Loop] = {}
     turns: dict[str, Turns] = {}
     for name in ("ours", "peer", "null"):
         if name == "ours":
-            strategy, loops[name] = ours(size.config, layout, size.rows)
+            strategy, loops[name] = ours(config, layout, size.rows, keeps_weights=peer == "deepspeed-2")
         elif peer == "model-parallel":
-            loops[name] = lightnings(size.config, layout)
+            loops[name] = lightnings(config, layout)
+        elif peer.startswith("deepspeed"):
+            loops[name] = deepspeeds(config, layout, int(peer[-1]))
         else:  # after ours, whose cuts the hand-written ones take
-            kind = ByStages if layout.pipeline > 1 else HandWritten
-            loops[name] = kind(size.config, strategy)
+            kind = ByStages if layout.pipeline > 1 else ByExperts if layout.expert > 1 else HandWritten
+            loops[name] = kind(config, strategy)
         turns[name] = Turns(loops[name], given, CLOCKS[clock])
         turns[name].begin()
     return loops, turns
@@ -146,8 +162,8 @@ def main(words: Sequence[str] | None = None) -> int:
     results = []
     for layout in options.layout or LAYOUTS:
         for peer in options.peer or PEERS:
-            if peer == "model-parallel" and Layout.parse(layout).pipeline > 1:
-                continue  # it has no pipelines
+            if not runs(Layout.parse(layout), peer):
+                continue
             print(f"{layout} against {peer}: {options.pairs} pairs", file=sys.stderr, flush=True)
             what = (layout, peer, options.size, options.pairs, options.clock, options.seed)
             results.append(server.run(measure, Layout.parse(layout).devices, *what, timeout=3600)[0])
@@ -174,7 +190,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     layouts = f"may be given again (default: {' '.join(LAYOUTS)})"
     parser.add_argument("--pairs", type=int, default=200, help="rounds that count (default: 200)")
     parser.add_argument("--layout", action="append", help=layouts)
-    parser.add_argument("--peer", action="append", choices=PEERS, help="may be given again (default: both)")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="may be given again (default: all)")
     parser.add_argument("--size", choices=list(SIZES), default="large", help="of the decoder (default: large)")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: a rank's own work, for a look on a busy machine"

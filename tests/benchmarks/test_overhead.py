@@ -7,15 +7,14 @@ import json
 import pytest
 
 from benchmarks import overhead
+from benchmarks.overhead import LAYOUTS, PEERS, runs
 from lightning_bharat import Layout
 from tests.ranks import run_ranks
-
-NONE = ("pipeline=2", "model-parallel")  # Lightning has none
 
 
 @pytest.mark.parametrize(
     ("layout", "peer"),
-    [(layout, peer) for layout in overhead.LAYOUTS for peer in overhead.PEERS if (layout, peer) != NONE],
+    [(layout, peer) for layout in LAYOUTS for peer in PEERS if runs(Layout.parse(layout), peer)],
 )
 def test_loops_do_the_same_work(layout: str, peer: str) -> None:
     result = run_ranks(overhead.measure, Layout.parse(layout).devices, layout, peer, "tiny", 6, timeout=60)[0]
@@ -44,6 +43,8 @@ def test_command_prints_a_table_and_a_line_for_machines(capsys: pytest.CaptureFi
         ("hand-written", 1.06, 1.0, 0.0, "missed"),
         ("model-parallel", 1.01, 1.0, 0.0, "met"),
         ("model-parallel", 1.03, 1.0, 0.0, "missed"),
+        ("deepspeed-3", 1.01, 1.0, 0.0, "met"),
+        ("deepspeed-2", 1.03, 1.0, 0.0, "missed"),
         ("hand-written", 1.04, 1.04, 0.0, "void"),
         ("hand-written", 1.04, 1.0, 0.01, "void"),
         ("hand-written", 1.04, 1.0, float("nan"), "void"),
