@@ -83,7 +83,7 @@ class DeepSpeedStrategy(EndsTogether, LightningsStrategy):
 
     def _format_config(self) -> None:
         precision = self.precision_plugin.precision
-        self._settings.complete(self._module(), self.world_size, precision)
+        self._settings.complete(self._module().trainer, self.world_size, precision)
         _lightning.add_precision(self._settings.values, precision, self)
 
     def _init_config_if_needed(self) -> None:

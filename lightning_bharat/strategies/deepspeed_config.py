@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_bharat.strategies import _lightning
@@ -67,13 +66,12 @@ class DeepSpeedConfig:
         """Of ZeRO."""
         return self.values["zero_optimization"]["stage"]
 
-    def complete(self, module: pl.LightningModule, ranks: int, precision: str) -> None:
+    def complete(self, trainer: pl.Trainer, ranks: int, precision: str) -> None:
         """Write the Trainer's numbers into ``values``; may be called again for another run.
 
         Raises:
             ConfigError: the config has another number or type; names both, and what to write.
         """
-        trainer = module.trainer
         self.values.clear()
         self.values.update(copy.deepcopy(self._given))
         accumulated = trainer.accumulate_grad_batches
@@ -86,10 +84,10 @@ class DeepSpeedConfig:
         self._take_batch(_rows(trainer), accumulated, ranks)
         self._take_precision(precision)
         for key in ("optimizer", "scheduler"):
-            if key in self.values and is_overridden("configure_optimizers", module):
+            if key in self.values:  # Lightning asks each module for one, which DeepSpeed would then pass over
                 raise ConfigError(
-                    f"{key}={self.values[key]!r} is in the DeepSpeed config, and the module has configure_optimizers; "
-                    f"leave {key} out of the config, or configure_optimizers out of the module"
+                    f"{key}={self.values[key]!r} is in the DeepSpeed config, and the module's configure_optimizers "
+                    f"makes one; leave {key} out of the config"
                 )
         for path, value in leaves(self.values):
             if value == AUTO:

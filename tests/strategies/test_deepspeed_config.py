@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -18,28 +17,21 @@ from tests.cli.project import QUIET, Project
 from tests.cli.test_commands import bad
 
 
-class WithoutOptimizer(L.LightningModule):
-    """Leaves the optimizer to DeepSpeed."""
-
-
 def completed(
     config: Any = None,
     ranks: int = 2,
     precision: str = "32-true",
-    module: L.LightningModule | None = None,
     batch_size: int = 4,
     arguments: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> dict[str, Any]:
     """The config that an engine gets in a fit."""
-    module = BoringModel() if module is None else module
     loop = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **trainer)
     loop.state.fn = TrainerFn.FITTING
     loader = DataLoader(range(64), batch_size=batch_size)
     loop.fit_loop._data_source = SimpleNamespace(instance=loader, name="train_dataloader", dataloader=lambda: loader)
-    module.trainer = loop
     made = DeepSpeedConfig((arguments or {}).pop("stage", None), config, arguments or {})
-    made.complete(module, ranks, precision)
+    made.complete(loop, ranks, precision)
     return made.values
 
 
@@ -175,8 +167,3 @@ def test_the_same_on_the_command_line(
     ):
         strategy = "--trainer.strategy=lightning_bharat.DeepSpeedStrategy"
         assert said in bad(["fit", *project.classes, *QUIET, strategy, *words], capsys)
-
-
-def test_an_optimizer_in_the_config_alone() -> None:
-    optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
-    assert completed({"optimizer": optimizer}, module=WithoutOptimizer())["optimizer"] == optimizer
