@@ -34,6 +34,7 @@ class DataShards:
         experts: names of the modules that hold a rank's experts, which are divided over the ranks with the same ones.
         copies: these ranks.
         reduce_dtype: name of the type in which gradients are averaged; ``None``: their own.
+        whole: what no other rank has, and is not divided.
 
     Attributes:
         parameters: divided, as optimizers know them; those of the module may be whole.
@@ -51,13 +52,14 @@ class DataShards:
         experts: Iterable[str] = (),
         copies: DeviceMesh | None = None,
         reduce_dtype: str | None = None,
+        whole: Iterable[nn.Parameter] = (),
     ) -> None:
         self.module, self.units = module, units
         for parameter in module.parameters():
             if not parameter.is_contiguous():  # transposed, or channels last: FSDP divides rows
                 parameter.data = parameter.detach().contiguous()
         self._scalars = Scalars(module, mesh)
-        others = {parameter for parameter in module.parameters() if is_elsewhere(parameter)}
+        others = {parameter for parameter in module.parameters() if is_elsewhere(parameter)} | set(whole)
         keep: dict[str, Any] = {"mesh": mesh, "ignored_params": self._scalars.parameters | others}
         if offload:
             keep["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())

@@ -154,8 +154,12 @@ class Preparation:
         # Between the micro-batches of a pipeline weights stay whole.
         reshard = False if layout.pipeline > 1 else options.reshard_after_forward
         copies = strategy.expert_mesh["expert_copies"] if self._experts else None
+        experts, alone = self._experts, list[nn.Parameter]()
+        if copies and copies.size() == 1 and layout.pipeline == 1 and not options.offload:
+            # On one rank FSDP2 would copy them in each step. (It moves what is offloaded, and pipelines scale by it.)
+            experts, alone = [], [p for name in experts for p in self.module.get_submodule(name).parameters()]
         self._shards = DataShards(
-            self.module, mesh, units, reshard, options.offload, self._experts, copies, options.reduce_dtype
+            self.module, mesh, units, reshard, options.offload, experts, copies, options.reduce_dtype, alone
         )
         if options.gradient_compression is not None:
             replace_groups_of_copies(self.module, CompressedGroup)
