@@ -37,6 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bubble
 	$(BIN)/python -m benchmarks.schedules
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.balance
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -37,6 +37,7 @@ class Manifest:
         layout: sizes of the :class:`Layout` that saved it.
         plan: the :class:`ModelPlan` it was cut by (:meth:`ModelPlan.to_dict`), or ``None``.
         hugging_face: :func:`hugging_face` of the module, or ``None``.
+        batches: of each training loader the sizes of its batches, where they are known.
         versions: of Python, torch and the libraries around.
         files: each file's size in bytes and digest: ``{"rank_00000.safetensors": {"bytes": 4096, "xxh3": "1f…"}}``.
         format, version: of the checkpoint's form.
@@ -47,6 +48,7 @@ class Manifest:
     layout: dict[str, int] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
     hugging_face: dict[str, Any] | None = None
+    batches: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: str = FORMAT
@@ -59,6 +61,7 @@ class Manifest:
         layout: Layout | None = None,
         plan: ModelPlan | None = None,
         module: torch.nn.Module | None = None,
+        batches: list[dict[str, Any]] | None = None,
     ) -> Manifest:
         """What is known before the files are: ``checkpoint`` is Lightning's dict."""
         return cls(
@@ -67,6 +70,7 @@ class Manifest:
             layout=asdict(layout or Layout()),
             plan=plan.to_dict() if plan else None,
             hugging_face=hugging_face(module) if module else None,
+            batches=batches or [],
             versions=_versions(),
         )
 

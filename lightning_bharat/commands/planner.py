@@ -28,18 +28,31 @@ def planned(trainer: pl.Trainer, module: pl.LightningModule, cluster: Cluster, r
         LayoutError: nothing fits.
         PlanError: the step can't be counted.
     """
+    found, notes = best(trainer, module, cluster, rows, time)
+    return "\n".join([f"{cluster}", "", layouts_table(found), "", *dict.fromkeys((*cluster.notes, *notes, *_MEANING))])
+
+
+def best(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    cluster: Cluster,
+    rows: int,
+    time: int | None = None,
+    accumulates: bool = True,
+) -> tuple[list[Choice], list[str]]:
+    """The best layouts, the fastest first, and remarks; see :func:`planned` and :func:`search`."""
     sizes = [n for n in range(1, cluster.devices + 1) if cluster.devices % n == 0]
     inside = [n for n in sizes if cluster.devices_per_node % n == 0]
     shares, notes = _shares(trainer, module, inside, time)
     try:
-        found = search(shares, cluster, rows)
+        found = search(shares, cluster, rows, accumulates)
     except LayoutError:
         beyond = [n for n in sizes if n not in inside]
         more, said = _shares(trainer, module, beyond, time) if beyond else ({}, [])
         if set(more) <= set(shares):
             raise
-        found, notes = search(shares | more, cluster, rows), [*notes, *said]
-    return "\n".join([f"{cluster}", "", layouts_table(found), "", *dict.fromkeys((*cluster.notes, *notes, *_MEANING))])
+        found, notes = search(shares | more, cluster, rows, accumulates), [*notes, *said]
+    return found, notes
 
 
 _MEANING = (
@@ -78,16 +91,16 @@ def _row(choice: Choice) -> list[str]:
         setting.schedule.name,
         ", ".join(saved),
         *map(size, (*sizes, bytes.total)),
-        _seconds(seconds.total),
+        duration(seconds.total),
         f"{seconds.communication:.1%}",
         f"{seconds.bubble:.1%}",
     ]
 
 
-def _seconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In a unit of three digits.
 
-    >>> _seconds(0.0123), _seconds(123.4), _seconds(2e-5)
+    >>> duration(0.0123), duration(123.4), duration(2e-5)
     ('12.3 ms', '123 s', '20 µs')
     """
     for unit, factor in (("s", 1), ("ms", 1e3)):

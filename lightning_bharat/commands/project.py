@@ -99,10 +99,14 @@ class ProjectCLI(LightningCLI):
 
     ``--optimizer`` and ``--lr_scheduler`` work as in LightningCLI, but are built when the strategy asks for them: by
     then it has put pieces in the place of the parameters that the module had before.
+
+    Args:
+        grant: called with the trainer before it runs.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, grant: Callable[[pl.Trainer], None] | None = None, **kwargs: Any) -> None:
         register()
+        self._grant = grant
         super().__init__(
             parser_class=ProjectParser, save_config_callback=SaveConfig, auto_configure_optimizers=False, **kwargs
         )
@@ -118,9 +122,12 @@ class ProjectCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer; what it refuses is bad input."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise BadInput(str(error)) from error
+        if self._grant is not None:
+            self._grant(trainer)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         configure_optimizers_late(self.model, self.settings)
@@ -148,11 +155,16 @@ def configure_optimizers_late(model: pl.LightningModule, settings: Namespace) ->
 
 def _command(name: str) -> Callable[[list[str]], int]:
     def run(words: list[str]) -> int:
+        from lightning_bharat.commands.best_layout import HELP, Wish
+
         method = getattr(pl.Trainer, name)
         description = f"{method.__doc__.strip().splitlines()[0]}\n\nExample:\n    {_EXAMPLES[name]}\n\n{_MODULES}"
+        if name == "fit":
+            description += f"\n\n{HELP}"
         look = {"description": description, "formatter_class": HelpFormatter}
         try:
-            ProjectCLI(parser_kwargs={"prog": "bharat", name: look}, args=[name, *words])
+            wish = Wish.of(words) if name == "fit" else Wish(tuple(words))
+            ProjectCLI(wish.grant, parser_kwargs={"prog": "bharat", name: look}, args=[name, *wish.words])
         except BAD_PROJECT as error:
             say_error(f"bharat {name}", error)
             return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_bharat.commands.inspection import InspectionCLI
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.strategies.hybrid import HybridStrategy
+from lightning_bharat.strategies.options import sizes
 
 
 def sized_strategy(cli: InspectionCLI, layout: Layout) -> HybridStrategy:
@@ -12,12 +13,4 @@ def sized_strategy(cli: InspectionCLI, layout: Layout) -> HybridStrategy:
     given = cli.config.trainer.get("strategy")
     kind = given.get("class_path", "") if hasattr(given, "get") else ""
     options = dict(given.get("init_args") or {}) if kind.rpartition(".")[2] == "HybridStrategy" else {}
-    sizes = {
-        "data_parallel_size": layout.data,
-        "tensor_parallel_size": layout.tensor,
-        "pipeline_parallel_size": layout.pipeline,
-        "context_parallel_size": layout.context,
-        "expert_parallel_size": layout.expert,
-        "replicate_size": layout.replicate,
-    }
-    return HybridStrategy(**{**options, **sizes, "compile": False})
+    return HybridStrategy(**{**options, **sizes(layout), "compile": False})

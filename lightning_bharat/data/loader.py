@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bharat.data.errors import DataError
-from lightning_bharat.data.order import OrderedBatches
+from lightning_bharat.data.order import OrderedBatches, refuse_too_few
 
 # What must be equal for a position to mean the same sample, and what to say when it is not.
 SAME_ORDER = {
@@ -75,6 +75,22 @@ class OrderedLoader:
         self._loader: DataLoader = DataLoader(
             dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=unchanged
         )
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch."""
+        return self._batches.batch_size
+
+    def resize(self, batch_size: int) -> None:
+        """Go on with batches of another size, from the same position.
+
+        Raises:
+            DataError: fewer samples than one step takes.
+        """
+        self._batches.batch_size = self.batch_sampler.batch_size = batch_size
+        refuse_too_few(self._batches.steps())
+        if self._resumed_at is not None:
+            self._resumed_at = len(self) - len(self._batches.steps(self._batches.position))
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""

@@ -161,7 +161,7 @@ class OrderedBatches(Sampler[list[int]]):
         self.order = GlobalOrder(length, seed, shuffle)
         self.epoch = 0
         self.position = 0
-        _refuse_too_few(self.steps())
+        refuse_too_few(self.steps())
 
     @property
     def length(self) -> int:
@@ -186,7 +186,12 @@ class OrderedBatches(Sampler[list[int]]):
             yield self.order(epoch, *steps.share(step, self.rank)).tolist()
 
 
-def _refuse_too_few(steps: Steps) -> None:
+def refuse_too_few(steps: Steps) -> None:
+    """Raise where an epoch has no step.
+
+    Raises:
+        DataError: says what to write.
+    """
     if len(steps) == 0:
         raise DataError(
             f"{steps.length} samples are fewer than one step of batch_size={steps.batch_size} on {steps.ranks} data "

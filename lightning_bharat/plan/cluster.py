@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,32 @@ class Cluster:
         return cls(**_entries(f"cluster {path}", data, _ENTRIES, ("nodes", "devices_per_node", "memory", "flops")))
 
     @classmethod
-    def detect(cls) -> Cluster:
+    def detect(cls, kind: str | None = None) -> Cluster:
         """This machine, as one node: its CUDA devices, or its cores, each with its share of the memory.
+
+        Args:
+            kind: "cuda" or "cpu"; ``None``: CUDA devices, if there are any.
 
         FLOP/s are those of a few matrix products, bytes a second those of a few copies: a fraction of a second.
         """
-        return _cuda() if torch.cuda.is_available() else _cores()
+        return _cuda() if kind == "cuda" or (kind is None and torch.cuda.is_available()) else _cores()
+
+    def of(self, nodes: int, devices_per_node: int, share: bool = False) -> Cluster:
+        """As many nodes of such devices.
+
+        Args:
+            share: whether the devices of a node share its memory, and do not bring their own.
+
+        Raises:
+            ClusterError: there are several, and no link between nodes is known.
+        """
+        if nodes > 1 and self.inter_node is None:
+            raise ClusterError(
+                f"{nodes} nodes, and no link between nodes is known; write --cluster cluster.yaml with inter_node: "
+                "{bandwidth: 100 GB/s, latency: 10 us}"
+            )
+        memory = self.memory * self.devices_per_node // devices_per_node if share else self.memory
+        return replace(self, nodes=nodes, devices_per_node=devices_per_node, memory=memory)
 
     def __str__(self) -> str:
         many = f"{self.nodes} nodes of {self.devices_per_node} devices" if self.nodes > 1 else f"{self.devices} devices"

@@ -28,7 +28,7 @@ class Choice:
         return self.setting.layout
 
 
-def search(shares: Mapping[int, Share], cluster: Cluster, rows: int) -> list[Choice]:
+def search(shares: Mapping[int, Share], cluster: Cluster, rows: int, accumulates: bool = True) -> list[Choice]:
     """The best setting of each legal layout that fits, the fastest first.
 
     Tensor ranks stay inside a node wherever anything fits so; among equally fast ones the leanest is first.
@@ -37,6 +37,7 @@ def search(shares: Mapping[int, Share], cluster: Cluster, rows: int) -> list[Cho
         shares: by number of tensor ranks.
         cluster: to be filled.
         rows: of a batch, over all data ranks.
+        accumulates: whether a batch may be taken in several parts, one after another, without a pipeline as well.
 
     Raises:
         LayoutError: no layout is legal, or none fits; says what the leanest one would need.
@@ -45,7 +46,7 @@ def search(shares: Mapping[int, Share], cluster: Cluster, rows: int) -> list[Cho
     leanest: Choice | None = None
     for tensor, share in sorted(shares.items()):
         estimate = Estimate(share, cluster)
-        for setting in settings(share, cluster, tensor, rows):
+        for setting in settings(share, cluster, tensor, rows, accumulates):
             found = _lightest(estimate, setting)
             if not fits(found.bytes, cluster):
                 leanest = min(filter(None, (leanest, found)), key=lambda choice: choice.bytes.total)
@@ -57,13 +58,13 @@ def search(shares: Mapping[int, Share], cluster: Cluster, rows: int) -> list[Cho
     return sorted(best.values(), key=lambda choice: (not _inside(choice.layout, cluster), _rank(choice)))
 
 
-def settings(share: Share, cluster: Cluster, tensor: int, rows: int) -> Iterator[Setting]:
+def settings(share: Share, cluster: Cluster, tensor: int, rows: int, accumulates: bool = True) -> Iterator[Setting]:
     """Every legal layout, number of micro-batches and schedule, of a number of tensor ranks."""
     for layout in layouts(share, cluster, tensor):
         if rows % layout.data:
             continue
         of_rank = rows // layout.data
-        for microbatches in _divisors(of_rank):
+        for microbatches in _divisors(of_rank) if accumulates or layout.pipeline > 1 else [1]:
             for schedule in SCHEDULES if layout.pipeline > 1 else (NONE,):
                 if _schedules(schedule, layout, microbatches, share.plan.depth):
                     yield Setting(layout, microbatches, of_rank // microbatches, schedule)

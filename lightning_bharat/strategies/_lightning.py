@@ -143,16 +143,109 @@ def agree_on_stopping(trainer: pl.Trainer, agree: Callable[[bool], bool]) -> Non
 def _nothing() -> None: ...
 
 
-def _around(owner: Any, name: str, before: Callable[[], None] = _nothing, after: Callable[[], None] = _nothing) -> None:
+def _around(
+    owner: Any,
+    name: str,
+    before: Callable[[], None] = _nothing,
+    after: Callable[[], None] = _nothing,
+    what: str = "stopping",
+) -> None:
+    """Call ``before`` and ``after`` whenever ``owner.name`` is called; one pair for each ``what``."""
+    pairs = owner.__dict__.setdefault("bharat_around", {}).setdefault(name, {})
+    pairs[what] = before, after
     method = getattr(type(owner), name)
 
     def around(*args: Any, **kwargs: Any) -> Any:
-        before()
+        for first, _ in list(pairs.values()):
+            first()
         out = method(owner, *args, **kwargs)
-        after()
+        for _, last in list(pairs.values()):  # one of them may take itself out
+            last()
         return out
 
     setattr(owner, name, around)
+
+
+def after_each_batch(trainer: pl.Trainer, ended: Callable[[], None]) -> None:
+    """Call ``ended`` when a batch of training is through with all that Lightning does for it: hooks, schedulers, logs,
+    validation."""
+    _around(trainer.fit_loop.epoch_loop, "on_advance_end", after=ended, what="batch")
+
+
+def around_training_loaders(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Call ``begin`` before the trainer may make its training loaders, and ``end`` after."""
+    _around(trainer.fit_loop, "setup_data", begin, end, what="loaders")
+
+
+def load_positions(trainer: pl.Trainer) -> None:
+    """Let training loaders that were made before the checkpoint was read (for ``trainer.estimated_stepping_batches``)
+    read their positions, too. After the loops have read their state."""
+    loop = trainer.fit_loop
+    if loop._data_fetcher is not None and loop._combined_loader_states_to_load:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
+
+
+def share_logged(trainer: pl.Trainer, data: int, data_after: int) -> None:
+    """Give each data rank the same part of what all have logged in this epoch so far, so that other data ranks can go
+    on with it. All ranks must call it.
+
+    Args:
+        data: how many there are.
+        data_after: how many go on.
+    """
+    for metric in trainer.fit_loop.epoch_loop._results.result_metrics:
+        meta = metric.meta
+        if not (metric.is_tensor and meta.on_epoch and meta.sync.should) or metric.has_reset:
+            continue
+        metric.value = meta.sync(metric.value.clone())
+        if meta.is_mean_reduction:
+            metric.value = metric.value * data / data_after
+            count = meta.sync(metric.cumulated_batch_size.double())
+            metric.cumulated_batch_size = count * data / data_after
+        elif meta.is_sum_reduction:
+            metric.value = metric.value / data_after
+        metric._computed = None
+
+
+class LeftRun:
+    """A run of ``fit`` that is left in the middle of an epoch, to go on from a checkpoint in the same process: what
+    Lightning begins anew with each run is kept.
+
+    Leaving ends the workers of its loaders, and Lightning's signal handlers.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        connector: Any = trainer._logger_connector
+        self._connector = {
+            name: getattr(connector, name)
+            for name in (
+                *("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"),
+                *("_first_loop_iter", "_current_fx"),
+            )
+        }
+        self._logs_hparams, trainer.enable_autolog_hparams = trainer.enable_autolog_hparams, False  # they are logged
+        trainer.fit_loop.teardown()
+        trainer._signal_connector.teardown()
+        loop: Any = trainer.fit_loop.epoch_loop
+        self._results, loop._results = loop._results, type(loop._results)(training=True)
+
+    def put_back(self, trainer: pl.Trainer) -> None:
+        """After Lightning has cleared its own."""
+        vars(trainer._logger_connector).update(self._connector)
+        trainer.fit_loop.epoch_loop._results = self._results
+
+    def go_on(self, trainer: pl.Trainer) -> None:
+        """After the loops have read their state: let them go on with the next batch, as if they had not been left."""
+        trainer.enable_autolog_hparams = self._logs_hparams
+        made = trainer.fit_loop.epoch_loop
+
+        def begun() -> None:
+            # What Lightning does with the first batch of a run that was stopped has been done.
+            made.restarting = False
+            made.__dict__["bharat_around"]["on_run_start"].pop("restart")
+
+        _around(made, "on_run_start", after=begun, what="restart")
 
 
 def use_no_grad(trainer: pl.Trainer) -> None:

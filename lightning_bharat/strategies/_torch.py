@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
-from torch.distributed import Store
+from torch.distributed import Store, _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
@@ -45,7 +45,7 @@ class Root:
         self._state._post_forward_hook_handle.remove()
         self._state._lazy_init()
         self._groups = self._state._fsdp_param_groups
-        self._armed: set[int] = set()
+        self._armed: dict[int, Any] = {}
         self._trains: dict[int, bool] = {}
         for owner, parameters in self._owners().items():
             owner.register_forward_pre_hook(partial(self._enter_owner, parameters), prepend=True)
@@ -138,6 +138,11 @@ class Root:
         self.module.set_reshard_after_backward(last)
         self.module.set_requires_gradient_sync(last)
 
+    def release(self) -> None:
+        """No step follows. (The garbage collector does not see through hooks on gradients.)"""
+        for hook in self._armed.values():
+            hook.remove()
+
     def recover(self) -> None:
         """After an exception in the middle of a step."""
         self.module.reset_iter_state()
@@ -148,8 +153,7 @@ class Root:
 
     def _arm(self, parameter: nn.Parameter) -> None:
         if parameter.requires_grad and id(parameter) not in self._armed:
-            parameter.register_post_accumulate_grad_hook(self._finish_backward)
-            self._armed.add(id(parameter))
+            self._armed[id(parameter)] = parameter.register_post_accumulate_grad_hook(self._finish_backward)
 
     def _finish_backward(self, _: Tensor) -> None:
         """FSDP2 reduces what has no input with a gradient at the end of a backward pass that one of its own hooks saw;
@@ -165,6 +169,11 @@ def replace_groups_of_copies(module: nn.Module, make: Callable[[dist.ProcessGrou
             ranks: Any = copy(group.mesh_info)
             ranks.replicate_process_group = make(ranks.replicate_process_group)
             group.mesh_info = ranks
+
+
+def forget_divided(module: nn.Module) -> None:
+    """Let ``fully_shard`` take ``module`` for one that it has not seen; what it has put into it is out already."""
+    _composable_state._module_state_mapping.pop(module, None)
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,19 @@ def keep_lists(metric: Metric) -> None:
     for key, default in metric._defaults.items():
         if isinstance(default, list) and isinstance(value := getattr(metric, key), Tensor):
             setattr(metric, key, [value])
+
+
+def save_all(metrics: Iterable[Metric]) -> Callable[[], None]:
+    """Let all states of ``metrics`` be in their ``state_dict``; returns what makes it as it was."""
+    were = [(metric, dict(metric._persistent)) for metric in metrics]
+    for metric, _ in were:
+        metric.persistent(True)
+
+    def undo() -> None:
+        for metric, was in were:
+            metric._persistent.update(was)
+
+    return undo
 
 
 def forget(metric: Metric) -> None:

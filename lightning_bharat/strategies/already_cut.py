@@ -61,6 +61,12 @@ def remember(strategy: HybridStrategy, preparation: Preparation) -> None:
         module.setup = partial(_setup, module)  # the first of its methods that any trainer calls
 
 
+def forget(module: pl.LightningModule) -> None:
+    """The module is going to be as the person built it."""
+    for name in ("cut_by_bharat", "setup"):
+        vars(module).pop(name, None)
+
+
 def take(strategy: HybridStrategy, module: pl.LightningModule) -> Preparation | None:
     """How an earlier trainer prepared ``module``, for ``strategy`` to go on with; ``None``: it is as the person built
     it.

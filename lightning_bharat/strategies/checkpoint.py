@@ -107,7 +107,7 @@ class ShardedCheckpoints(_Base):
             raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to file systems only")
         path = directory.local_path(self.broadcast(filepath))
         module = self._module()
-        manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module)
+        manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module, self.batches())
         checkpoint = self.random_states.with_states(checkpoint, self.layout, self.root_device)
         checkpoint = with_positions(checkpoint, self.layout)
         if self.save_distributed_checkpoint:
@@ -121,6 +121,10 @@ class ShardedCheckpoints(_Base):
     def plan_to_save(self) -> ModelPlan | None:
         """With what was learnt about the model since. All ranks must call it."""
         return self.plan
+
+    def batches(self) -> list[dict[str, Any]]:
+        """Of the training loaders, whatever is to be known of them when the run goes on."""
+        return []
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, of ours or DeepSpeed's, or a plain ``.ckpt``; tensors are read later. All ranks

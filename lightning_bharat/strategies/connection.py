@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,23 +13,45 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_bharat.plan.layout import Layout
+from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.strategies import _lightning
 from lightning_bharat.strategies._torch import set_timeout
 from lightning_bharat.strategies.collectives import Collectives
 from lightning_bharat.strategies.options import Options
+
+if TYPE_CHECKING:
+    from lightning_bharat.strategies.global_batch import Batches
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A layout that was found when the ranks were there.
+
+    Attributes:
+        options: the strategy's arguments that it sets.
+        batch: of training loaders, as :class:`~lightning_bharat.strategies.global_batch.Batches` of a run before.
+        why: in words.
+    """
+
+    options: dict[str, Any]
+    batch: Batches
+    why: str
 
 
 class ConnectedStrategy(Collectives, ParallelStrategy):
     """Started by ``devices=n``, ``torchrun`` or Slurm, its ranks stand in a :class:`~lightning_bharat.Layout`."""
 
     options: Options
+    choose: Callable[[ConnectedStrategy], Chosen] | None = None  # the layout, when ranks are there
+    planned_batch: Batches | None = None  # for that layout
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_nodes = 1
         self.choices: dict[str, str] = {}
         self._layout: Layout | None = None
+        # Kept: what torch remembers of distributed tensors may refer to them when a layout comes back.
+        self._meshes: dict[Layout, tuple[DeviceMesh, DeviceMesh | None]] = {}
         self._mesh: DeviceMesh | None = None
         self._data_group: dist.ProcessGroup | None = None
         self._tensor_group: dist.ProcessGroup | None = None
@@ -122,20 +146,40 @@ class ConnectedStrategy(Collectives, ParallelStrategy):
             LayoutError: the sizes do not fit the devices.
         """
         if self._layout is None:
-            self._layout = self.options.layout(
-                self.world_size, self.num_processes, module, self.root_device, self.choices
-            )
-            self._say_across_hosts(self._layout.tensor)
-            self._mesh = self._layout.mesh(self.root_device.type)
-            set_timeout(self._mesh, self.options.timeout)
+            self._choose()
+            layout = self.options.layout(self.world_size, self.num_processes, module, self.root_device, self.choices)
+            self._say_across_hosts(layout.tensor)
+            if layout not in self._meshes:
+                self._meshes[layout] = self._made_meshes(layout)
+            self._layout, (self._mesh, self._expert_mesh) = layout, self._meshes[layout]
             # Kept: each step asks for them, once a parameter, and a mesh looks them up by name.
             self._data_group = self._mesh.get_group("data_parallel")
             self._tensor_group = self._mesh.get_group("tensor_parallel")
-            if self._layout.context > 1:
-                self._context_group = self._mesh.get_group("context_parallel")
-            if self._layout.expert > 1:
-                self._expert_mesh = self._layout.expert_mesh(self.root_device.type)
-                set_timeout(self._expert_mesh, self.options.timeout)
+            self._context_group = self._mesh.get_group("context_parallel") if layout.context > 1 else None
+
+    def _choose(self) -> None:
+        """Take what :attr:`choose` finds on rank 0."""
+        if self.choose is None:
+            return
+        choose, self.choose = self.choose, None
+        found: Chosen | str = ""
+        if self.is_global_zero:
+            try:
+                found = choose(self)
+            except ValueError as error:  # LayoutError, PlanError, ...: in words
+                found = str(error)
+        found = self.broadcast(found)
+        if isinstance(found, str):
+            raise LayoutError(found)
+        self.options = replace(self.options, **found.options)
+        self.planned_batch, self.choices["layout"] = found.batch, found.why
+
+    def _made_meshes(self, layout: Layout) -> tuple[DeviceMesh, DeviceMesh | None]:
+        kind = self.root_device.type
+        mesh, experts = layout.mesh(kind), layout.expert_mesh(kind) if layout.expert > 1 else None
+        for made in filter(None, (mesh, experts)):
+            set_timeout(made, self.options.timeout)
+        return mesh, experts
 
     def _say_across_hosts(self, tensor: int) -> None:
         if self.num_nodes > 1 and self.num_processes % tensor:

@@ -110,6 +110,12 @@ class DataShards:
         """FSDP has divided what it handles."""
         self._scalars.divide()
 
+    def release(self) -> None:
+        """No step follows: let go of the weights."""
+        self.rest()
+        if self._root is not None:
+            self._root.release()
+
     def watch(self, optimizer: Optimizer) -> None:
         """Never leave weights gathered from before a step of ``optimizer``."""
         optimizer.register_step_post_hook(lambda *_: self.rest())

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher, keep_ckpt_path
 from lightning_bharat.strategies._torch import default_store
 from lightning_bharat.strategies.errors import ErrorWatch
+
+
+class GoOn(BaseException):
+    """Leaves the trainer's function on all ranks, which is then called again. Not an ``Exception``: no one's code is
+    to catch it.
+
+    Args:
+        ckpt_path: of the checkpoint to go on from.
+        prepare: called before.
+    """
+
+    def __init__(self, ckpt_path: str, prepare: Callable[[], None]) -> None:
+        super().__init__(f"goes on from {ckpt_path}")
+        self.ckpt_path, self.prepare = ckpt_path, prepare
 
 
 class EndsTogether:
@@ -19,6 +34,7 @@ class EndsTogether:
     - ``_configure_launcher``: the launcher reports what leaves the trainer's function *before* Lightning calls any
       callback's ``on_exception``, which may save a checkpoint and wait for ranks that will not come;
     - ``on_exception``: reports what the launcher has not seen;
+    - the launcher calls the trainer's function again where it is left by :class:`GoOn`;
     - the launcher also waits, when the trainer's function is through with its last hooks (``on_fit_end`` and
       ``teardown`` come after the strategy's ``teardown``), until all ranks are: none ends well beside one that fails;
     - ``teardown``: ends the watch after an error, whatever happens in it.
@@ -36,7 +52,9 @@ class EndsTogether:
         self.watch_errors()
 
     def watch_errors(self) -> None:
-        """Start the watch, once there is a process group."""
+        """Start the watch, once there is a process group; one that runs goes on (:class:`GoOn`)."""
+        if self.watch is not None and self.watch.is_running:
+            return
         self.watch = ErrorWatch(default_store(), self.global_rank, self.world_size, self.num_processes)  # type: ignore[attr-defined]
         self.watch.start()
 
@@ -71,7 +89,7 @@ class _ReportingLauncher(SubprocessLauncher):
         def reporting(*args: Any, **kwargs: Any) -> Any:
             self.is_running = True
             try:
-                result = function(*args, **kwargs)
+                result = self._call(function, args, kwargs)
                 if (watch := self.watch()) is not None:
                     watch.finish()
                 return result
@@ -87,3 +105,14 @@ class _ReportingLauncher(SubprocessLauncher):
                 self.is_running = False
 
         return super().launch(reporting, *args, trainer=trainer, **kwargs)
+
+    def _call(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        while True:
+            try:
+                return function(*args, **kwargs)
+            except GoOn as left:
+                again = left.with_traceback(None)  # its frames hold the module's old pieces
+            again.prepare()
+            call = signature(function).bind(*args, **kwargs)
+            call.arguments["ckpt_path"] = again.ckpt_path
+            args, kwargs = call.args, call.kwargs

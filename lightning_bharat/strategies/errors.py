@@ -89,6 +89,11 @@ class ErrorWatch:
         self._main = threading.get_ident()
         self._former_handler: Any = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and not stopped."""
+        return self._thread is not None and not self._stopped.is_set()
+
     def start(self) -> None:
         """Begin to watch. Call it on every rank, in the thread that trains."""
         if self.world_size == 1 or self._thread is not None:
@@ -114,8 +119,7 @@ class ErrorWatch:
         """
         self._reporting = True
         if self._answer is None:
-            is_on = self._thread is not None and not self._stopped.is_set()
-            self._answer = self._settle(error) if is_on else error
+            self._answer = self._settle(error) if self.is_running else error
         return self._answer
 
     def finish(self) -> None:
@@ -124,7 +128,7 @@ class ErrorWatch:
         Raises:
             PeerError: another rank failed meanwhile.
         """
-        if self._thread is None or self._stopped.is_set():
+        if not self.is_running:
             return
         try:
             self._mark(self._store, "done")
@@ -140,7 +144,7 @@ class ErrorWatch:
 
     def stop(self) -> None:
         """Stop to watch: all ranks are ready, or this one has reported why it is not."""
-        if self._thread is None or self._stopped.is_set():
+        if self._thread is None or self._stopped.is_set():  # as is_running, in a form that says what _thread is
             return
         self._stopped.set()
         self._thread.join()

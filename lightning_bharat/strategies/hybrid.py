@@ -30,6 +30,7 @@ from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.choose import Predicted
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
+from lightning_bharat.strategies.global_batch import KeepsBatch
 from lightning_bharat.strategies.loaders import TogetherLoaders
 from lightning_bharat.strategies.optimizer_proof import prove_optimizer
 from lightning_bharat.strategies.options import Auto, Options
@@ -38,6 +39,7 @@ from lightning_bharat.strategies.precision import across_ranks, refuse_precision
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.randomness import agree_on_random_numbers, apart
 from lightning_bharat.strategies.refusals import refuse_lazy
+from lightning_bharat.strategies.relayout import ChangesLayout
 from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
 from lightning_bharat.strategies.timeline import Timeline
@@ -45,7 +47,7 @@ from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWei
 from lightning_bharat.strategies.whole_norms import WholeNorms, hooks_see_gradients
 
 
-class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
+class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
     """Trains an unchanged LightningModule on data × tensor × pipeline × context ranks.
 
     Parameters, gradients and optimizer states are divided over the data ranks by FSDP2; weights of attention heads,
@@ -137,10 +139,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.save_distributed_checkpoint = save_distributed_checkpoint
         self.plan: ModelPlan | None = None
         self.slices: dict[str, TensorSlice] = {}
-        self._prepared: Preparation | None = None
         self._has_stepped = False
         self._tokens: TokenWeights | None = None
-        self._pipeline: ScheduledSteps | None = None
 
     # ---- setting up
 
@@ -152,6 +152,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         if self.world_size > 1:
             refuse_lazy(module)
         self.arrange_ranks(module)
+        if self._prepared is None:
+            self.schedule = self.options.schedule
         assert self.watch is not None
         self.watch.rank_name = self.layout.name
         across_ranks(self.precision_plugin, self._groups_of, self.root_device, self._stages)
@@ -167,7 +169,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         if self._prepared is None or self._prepared.module is not module:
             self._prepared = already_cut.take(self, module)
             if self._prepared is None:
-                self._prepared = Preparation(self, trainer, module)
+                with self.changing():
+                    self._prepared = Preparation(self, trainer, module)
                 already_cut.remember(self, self._prepared)
             self.plan, self.slices = self._prepared.plan, self._prepared.slices
             self._pipeline = ScheduledSteps(self, self._prepared) if self.layout.pipeline > 1 else None
@@ -184,6 +187,7 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
         self.barrier()
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
+            self.keep_batch(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
@@ -197,6 +201,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
                     staged = self.layout.pipeline > 1
                     prove_optimizer(optimizer, parameter_names(module), self.slices, staged)
                 self._prepared.watch(optimizer)
+            self.keep_run()
+            self.watch_steps()
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self.optimizers, self.lr_scheduler_configs = [], []  # those of an earlier run
@@ -205,6 +211,8 @@ class HybridStrategy(EndsTogether, ShardedCheckpoints, TogetherLoaders, Connecte
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         resume_callbacks(self._module(), self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
+        _lightning.load_positions(self._module().trainer)
+        self.go_on()
 
     def model_to_device(self) -> None:
         """Done when the module is prepared, block by block."""

@@ -21,7 +21,9 @@ from lightning.pytorch.utilities.data import sized_len
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lightning_bharat.strategies.placed import PlacedBatches
 
 if TYPE_CHECKING:
     from lightning_bharat.strategies.connection import ConnectedStrategy as _Base
@@ -185,7 +187,8 @@ def _certain(loader: object) -> bool:
     """Whether a loader has as many batches as it says, without doubt: torch's own, with torch's own samplers."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
-    own = (type(loader.sampler).__module__, type(loader.batch_sampler).__module__)
+    batches = BatchSampler if type(loader.batch_sampler) is PlacedBatches else type(loader.batch_sampler)
+    own = (type(loader.sampler).__module__, batches.__module__)
     return all(module.startswith(("torch.utils.data.", "builtins")) for module in own)
 
 

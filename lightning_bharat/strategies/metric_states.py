@@ -6,7 +6,7 @@ saved state would count it several times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
@@ -25,6 +25,11 @@ def of_all_ranks(module: nn.Module) -> Iterator[None]:
                 stack.enter_context(metric.sync_context(dist_sync_fn=metric.dist_sync_fn))
                 _torchmetrics.keep_lists(metric)
         yield
+
+
+def save_all(module: nn.Module) -> Callable[[], None]:
+    """Let checkpoints have the states of all metrics of ``module``; returns what makes it as it was."""
+    return _torchmetrics.save_all(part for part in module.modules() if isinstance(part, Metric))
 
 
 def leave_to_another_rank(module: nn.Module) -> None:

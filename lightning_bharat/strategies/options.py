@@ -131,6 +131,18 @@ class Options:
         return size, f"{size}: {need}"
 
 
+def sizes(layout: Layout) -> dict[str, Any]:
+    """The arguments that are the sizes of ``layout``."""
+    return {
+        "data_parallel_size": layout.data,
+        "tensor_parallel_size": layout.tensor,
+        "pipeline_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_parallel_size": layout.expert,
+        "replicate_size": layout.replicate,
+    }
+
+
 def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 

@@ -108,6 +108,11 @@ def across_ranks(plugin: P, groups_of: Groups, device: torch.device, stages: Sta
     return plugin
 
 
+def forget_module(plugin: Precision) -> None:
+    """Let ``plugin`` tell no module any more when a backward pass has ended, nor hold one."""
+    plugin.backward_ended, plugin.in_hooks = _nothing, nullcontext  # type: ignore[attr-defined]
+
+
 def _nothing() -> None: ...
 
 

@@ -38,6 +38,7 @@ from lightning_bharat.strategies.refusals import refuse_compiled_parent, refuse_
 from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.stage import keep_own
 from lightning_bharat.strategies.tensor import cut_module
+from lightning_bharat.strategies.whole_form import WholeForm
 
 if TYPE_CHECKING:
     from lightning_bharat.strategies.hybrid import HybridStrategy
@@ -52,6 +53,7 @@ class Preparation:
         slices: by full name, which part of a parameter this tensor rank holds.
         held: by full name, the pipeline stages that hold a parameter.
         cut: the same by ids of parameters.
+        form: the module before all that.
     """
 
     def __init__(self, strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -63,6 +65,7 @@ class Preparation:
         self._sequence: ContextFlow | None = None
         self._experts: list[str] = []
         strategy.model = strategy.precision_plugin.convert_module(module)
+        self.form = WholeForm(module)
         if is_cut(module):
             self._take_as_it_is()
         else:
@@ -70,6 +73,7 @@ class Preparation:
             for name, words in explained(strategy.options, strategy.layout, str(strategy.precision_plugin.precision)):
                 strategy.choices.setdefault(name, words)
         self._synchronize_metrics()
+        self.form.cut()
         named = module.named_parameters(remove_duplicate=False)
         self.cut = {id(p): self.slices[name] for name, p in named if name in self.slices}
 
@@ -83,7 +87,7 @@ class Preparation:
         divided = layout.data > 1 or layout.expert > 1 or options.offload
         if divided or layout.tensor > 1 or layout.context > 1:
             refuse_module(module, units, divided)
-        start = Initializer(module, options.weights)
+        start = Initializer(module, strategy.first_weights)
         agreed = agree_on_weights(module, device, start.given)
         choices["weights"] = start.words or agreed
         self.plan = planning.plan_for(strategy, trainer, module)
@@ -251,6 +255,12 @@ class Preparation:
         """Divide what is whole."""
         if self._shards:
             self._shards.rest()
+
+    def undo(self) -> None:
+        """The module is as before again; its weights are on ``meta``."""
+        if self._shards:
+            self._shards.release()
+        self.form.restore()
 
     def without_sync(self) -> AbstractContextManager:
         """Backward passes in here do not exchange gradients."""

@@ -39,6 +39,11 @@ class StageMetrics:
             _refuse(name, metric)
             metric.dist_sync_fn = _FromLast(group, last)
 
+    def release(self) -> None:
+        """There is no pipeline any more: each rank has its own states."""
+        for metric in self.metrics.values():
+            metric.dist_sync_fn = None
+
     def name(self, metric: Metric) -> str:
         """Its name in the module."""
         if id(metric) not in self._names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -35,7 +36,7 @@ from lightning.pytorch.utilities import CombinedLoader, exceptions
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor, nn, overrides
 from torch._inductor import cpp_builder, exc
-from torch.distributed import distributed_c10d
+from torch.distributed import _composable_state, distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
@@ -388,6 +389,44 @@ def values_are_logged_after_a_batch_s_hooks() -> None:
     assert places == sorted(places)
 
 
+KEPT = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
+
+
+@relied_on(*KEPT, "_results")
+def logged_values_are_begun_anew_before_the_strategy_s_setup() -> None:
+    """Trainer._run resets what _logger_connector and the loops' _results hold, then calls Strategy.setup; a result has
+    value, cumulated_batch_size and meta, of which meta.sync(value) is that of all ranks."""
+    run = inspect.getsource(L.Trainer._run)
+    assert run.index("reset_results()") < run.index("reset_metrics()") < run.index("self.strategy.setup(self)")
+    trainer = L.Trainer(barebones=True)
+    assert set(KEPT) <= set(vars(trainer._logger_connector))
+    results = type(trainer.fit_loop.epoch_loop._results)(training=True)
+    results.log("training_step", "loss", torch.tensor(2.0), batch_size=3)
+    (result,) = results.result_metrics
+    assert result.meta.is_mean_reduction and not result.meta.sync.should and not result.has_reset
+    assert (float(result.value), int(result.cumulated_batch_size)) == (6, 3)
+
+
+@relied_on("_signal_connector")
+def signal_handlers_end_with_a_run() -> None:
+    """_signal_connector.teardown() puts back the handlers that were there before register_signal_handlers()."""
+    connector, before = L.Trainer(barebones=True)._signal_connector, signal.getsignal(signal.SIGTERM)
+    connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is not before
+    connector.teardown()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@relied_on("_data_fetcher", "_combined_loader_states_to_load", "_load_combined_loader_states")
+def loaders_made_early_do_not_read_their_state() -> None:
+    """FitLoop.setup_data makes loaders and their _data_fetcher once, and then loads the states that are there; those
+    of a checkpoint that is read later stay in _combined_loader_states_to_load."""
+    setup = inspect.getsource(fit_loop._FitLoop.setup_data)
+    assert setup.index("self._load_combined_loader_states()") < setup.index("iter(self._data_fetcher)")
+    loop = L.Trainer(barebones=True).fit_loop
+    assert loop._data_fetcher is None and loop._combined_loader_states_to_load == []
+
+
 @relied_on("_throughputs")
 def throughput_is_counted_by_stage() -> None:
     """ThroughputMonitor has a Throughput with a world_size for each stage."""
@@ -426,6 +465,17 @@ def tensors_are_replaced() -> None:
         module = nn.BatchNorm1d(2)
     module._apply(lambda t: torch.zeros_like(t, device="cpu"))
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+@relied_on("_composable_state", "_module_state_mapping")
+def divided_modules_are_remembered() -> None:
+    """torch.distributed._composable_state._module_state_mapping has the modules that fully_shard refuses to take
+    again."""
+    module, state = nn.Linear(1, 1), FSDPState()
+    _composable_state._insert_module_state(module, state)
+    assert module in _composable_state._module_state_mapping
+    with pytest.raises(AssertionError, match="more than once"):
+        _composable_state._insert_module_state(module, state)
 
 
 @relied_on("_non_persistent_buffers_set")
@@ -480,11 +530,12 @@ def compiled_modules_say_so() -> None:
     assert module._compiled_call_impl is not None
 
 
-@relied_on("_defaults", "_reductions", "_update_count", "_computed", "_forward_cache", "_to_sync")
+@relied_on("_defaults", "_reductions", "_update_count", "_computed", "_forward_cache", "_to_sync", "_persistent")
 def metrics_keep_states_and_what_they_were() -> None:
     """torchmetrics: states by name with their defaults and reductions, and what was computed until the next update."""
     metric = CatMetric()
     assert metric._defaults == {"value": []} and metric._reductions == {"value": dim_zero_cat}
+    assert metric._persistent == {"value": False}
     assert metric._to_sync and metric._update_count == 0
     metric(torch.ones(2))
     assert metric._update_count == 1 and torch.equal(metric._forward_cache, torch.ones(2))
