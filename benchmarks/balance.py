@@ -39,6 +39,7 @@ from lightning_bharat.models.moe import Router, count
 from lightning_bharat.strategies.simulation import Span
 
 GOAL, STEPS, LOOKED_AT = 1.1, 200, 20
+ROWS, TIME = 32, 64  # of a data rank, and of a row
 CONFIG = GPTConfig(
     256,
     64,
@@ -81,17 +82,17 @@ def over_mean(loads: Tensor) -> float:
 
 
 class Text(Dataset[dict[str, Tensor]]):
-    """Rows of 64 tokens; the n-th most frequent one is 1/n as frequent as the first (Zipf), and often follows another
+    """Rows of tokens; the n-th most frequent one is 1/n as frequent as the first (Zipf), and often follows another
     certain one."""
 
     def __init__(self, rows: int) -> None:
         draw = torch.Generator().manual_seed(0)
         often = 1 / torch.arange(1.0, CONFIG.vocab_size + 1)
-        drawn = torch.multinomial(often, rows * 65, replacement=True, generator=draw)
-        follows = torch.rand(rows * 65, generator=draw) < 0.5
+        drawn = torch.multinomial(often, rows * (TIME + 1), replacement=True, generator=draw)
+        follows = torch.rand(rows * (TIME + 1), generator=draw) < 0.5
         after = torch.randperm(CONFIG.vocab_size, generator=draw)
         drawn[1:] = torch.where(follows[1:], after[drawn[:-1]], drawn[1:])
-        self.rows = drawn.view(rows, 65)
+        self.rows = drawn.view(rows, TIME + 1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,7 +129,7 @@ class Loads(L.Callback):
 def train_experts(steps: int, speed: float | None) -> Tensor:
     """(steps, layers, experts), the choices of all ranks' tokens."""
     L.seed_everything(0, verbose=False)
-    loads, rows = Loads(), 32
+    loads = Loads()
     trainer = L.Trainer(
         strategy=HybridStrategy(expert_parallel_size=2),
         accelerator="cpu",
@@ -138,7 +139,7 @@ def train_experts(steps: int, speed: float | None) -> Tensor:
         **QUIET,
     )
     module = GPTModule(GPTConfig(**{**asdict(CONFIG), "bias_update_speed": speed}), learning_rate=1e-3)
-    trainer.fit(module, DataLoader(Text(rows * 2 * steps), rows))
+    trainer.fit(module, DataLoader(Text(ROWS * 2 * steps), ROWS))
     return trainer.strategy.reduce(torch.stack(loads.of_steps), reduce_op="sum")
 
 
@@ -147,6 +148,8 @@ def experts(server: WarmServer, steps: int) -> list[Result]:
     found = []
     for name, speed in (("experts, left alone", None), ("experts, with biases", 0.003)):
         loads = server.run(train_experts, 2, steps, speed, timeout=1200)[0]
+        if (loads.sum(-1) != 2 * ROWS * TIME * CONFIG.num_experts_per_tok).any():
+            raise RuntimeError("choices were counted twice, or not at all")
         first, last = loads[:LOOKED_AT].sum(0), loads[-LOOKED_AT:].sum(0)
         of_ranks = [part.unflatten(-1, (2, -1)).sum(-1) for part in (first, last)]
         found.append(Result(name, over_mean(first), over_mean(last), speed is not None))

@@ -18,13 +18,6 @@ def test_the_busiest_of_the_worst_layer() -> None:
     assert "| missed" in balance.report(200, [balance.Result("stages", 1.0, 1.2)]).replace("  missed", "| missed")
 
 
-def test_tokens_are_counted_once() -> None:
-    loads = run_ranks(balance.train_experts, 2, 3, 0.003, timeout=60)
-    assert torch.equal(*loads)
-    chosen = 2 * 32 * 64 * balance.CONFIG.num_experts_per_tok
-    assert loads[0].sum(-1).tolist() == [[chosen] * balance.CONFIG.num_hidden_layers] * 3
-
-
 @pytest.mark.timeout(120)
 def test_stages_are_cut_anew_while_they_train(tmp_path: Path) -> None:
     for busy, words in run_ranks(balance.train_stages, 2, 20, str(tmp_path), timeout=90):
