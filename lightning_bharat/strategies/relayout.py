@@ -66,8 +66,10 @@ class ChangesLayout(_Base):
         Raises:
             LayoutError: on all ranks, which go on in the old layout if the caller catches it: nothing was changed.
         """
-        told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, layout)
+        told: list[Any] = [layout]
+        if dist.is_initialized():
+            told = [None] * self.world_size
+            dist.all_gather_object(told, layout)
         problem = _refused_by(self, layout) or (
             f"ranks ask for {' and '.join(sorted(set(map(str, told))))}; all must ask for one layout"
             if len(set(told)) > 1
@@ -80,7 +82,7 @@ class ChangesLayout(_Base):
     def watch_steps(self) -> None:
         """Look after each batch whether to change."""
         trainer = self._current_trainer()
-        self._steps = trainer.global_step
+        self._steps, self._wanted = trainer.global_step, None  # a run before may have ended with a wish
         _lightning.after_each_batch(trainer, self._batch_ended)
 
     def _batch_ended(self) -> None:
