@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +147,6 @@ def fit(
     return module.losses
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of plain Lightning on one process, not stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    losses = run_ranks(fit, 1, LAYOUTS["one"], str(folder), None, True, END, True)[0]
-    assert len(losses) == END
-    assert losses[-1] < losses[0]
-    return losses
-
-
 PAIRS = [
     ("data", "tensor"),
     ("both", "one"),
@@ -168,56 +159,114 @@ PAIRS = [
     ("data × pipeline", "tensor × pipeline"),
     ("pipeline", "pipeline"),
 ]
+PLAIN = "plain Lightning"
+# What is saved in the middle: the layout and whether each rank writes its part. All on as many ranks in one start.
+SAVED: dict[str, tuple[str, bool]] = {
+    **{name: (name, True) for name in (*LAYOUTS, *STAGED)},
+    **{f"{name}, gathered": (name, False) for name in ("both", "tensor × pipeline")},
+    PLAIN: (PLAIN, True),
+}
+# What is resumed, and on which layout.
+RESUMED: list[tuple[str, str]] = [
+    *PAIRS,
+    (PLAIN, "both"),
+    *((first, then) for first in SAVED if first.endswith("gathered") for then in (PLAIN, "data")),
+]
 
 
-@pytest.mark.parametrize(("first", "then"), PAIRS)
-def test_resumed_on_another_layout(tmp_path: Path, whole: list[float], first: str, then: str) -> None:
-    a, b = {**LAYOUTS, **STAGED}[first], {**LAYOUTS, **STAGED}[then]
-    before = run_ranks(fit, a.devices, a, str(tmp_path), None, True, STOP)
-    path = tmp_path / f"step={STOP}.ckpt"
-    assert path.is_dir()
-    after = run_ranks(fit, b.devices, b, str(tmp_path / "after"), str(path))
-    for losses in before:
-        assert losses == pytest.approx(whole[:STOP], abs=1e-9)
-    for losses in after:
-        assert losses == pytest.approx(whole[STOP:], abs=1e-9)
+def layout(name: str) -> Layout:
+    return {**LAYOUTS, **STAGED, PLAIN: Layout()}[name]
 
 
-@pytest.mark.parametrize("first", ["both", "tensor × pipeline"])
-def test_plain_lightning_continues_from_a_gathered_ckpt(tmp_path: Path, whole: list[float], first: str) -> None:
-    layout = {**LAYOUTS, **STAGED}[first]
-    run_ranks(fit, layout.devices, layout, str(tmp_path), None, False, STOP)
-    path = tmp_path / f"step={STOP}.ckpt"
-    assert path.is_file()
-    after = run_ranks(fit, 1, LAYOUTS["one"], str(tmp_path / "after"), str(path), True, END, True)[0]
-    assert after == pytest.approx(whole[STOP:], abs=1e-9)
-    again = run_ranks(fit, 2, LAYOUTS["data"], str(tmp_path / "again"), str(path))[0]
-    assert again == pytest.approx(whole[STOP:], abs=1e-9)
-    assert Gpt.load_from_checkpoint(path).hparams.width == 16
+def fits(jobs: dict[Any, dict[str, Any]]) -> dict[Any, list[float]]:
+    return {key: fit(**options) for key, options in jobs.items()}
 
 
-def test_any_layout_continues_from_plain_lightning_s_ckpt(tmp_path: Path, whole: list[float]) -> None:
-    run_ranks(fit, 1, LAYOUTS["one"], str(tmp_path), None, True, STOP, True)
-    path = tmp_path / f"step={STOP}.ckpt"
-    assert path.is_file()
-    for losses in run_ranks(fit, 4, LAYOUTS["both"], str(tmp_path / "after"), str(path)):
-        assert losses == pytest.approx(whole[STOP:], abs=1e-9)
+@cache
+def saved(ranks: int, folder: Path) -> list[dict[str, list[float]]]:
+    """Losses up to the checkpoint that each of :data:`SAVED` leaves in ``folder / name``, and of a whole run."""
+    jobs = {
+        name: {
+            "layout": layout(on),
+            "folder": str(folder / name),
+            "sharded": sharded,
+            "steps": STOP,
+            "plain": on == PLAIN,
+        }
+        for name, (on, sharded) in SAVED.items()
+        if layout(on).devices == ranks
+    }
+    if ranks == 1:
+        jobs["whole"] = {"layout": Layout(), "folder": str(folder / "whole"), "plain": True}
+    return run_ranks(fits, ranks, jobs, timeout=60)
 
 
-def test_another_model_s_checkpoint_ends_all_ranks_with_names(tmp_path: Path) -> None:
-    run_ranks(fit, 2, LAYOUTS["data"], str(tmp_path), None, True, STOP)
-    path = str(tmp_path / f"step={STOP}.ckpt")
+@cache
+def resumed(ranks: int, folder: Path) -> list[dict[tuple[str, str], list[float]]]:
+    """Losses from there on of each of :data:`RESUMED`."""
+    jobs = {
+        (first, then): {
+            "layout": layout(then),
+            "folder": str(folder / f"{first} to {then}"),
+            "ckpt": checkpoint(first, folder),
+            "plain": then == PLAIN,
+        }
+        for first, then in RESUMED
+        if layout(then).devices == ranks
+    }
+    return run_ranks(fits, ranks, jobs, timeout=60)
+
+
+def checkpoint(name: str, folder: Path) -> str:
+    saved(layout(SAVED[name][0]).devices, folder)
+    return str(folder / name / f"step={STOP}.ckpt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[float]:
+    """Losses of plain Lightning on one process, not stopped."""
+    losses = saved(1, folder)[0]["whole"]
+    assert len(losses) == END
+    assert losses[-1] < losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saving_changes_no_loss(folder: Path, whole: list[float], name: str) -> None:
+    path, (on, sharded) = Path(checkpoint(name, folder)), SAVED[name]
+    assert path.is_dir() == (sharded and on != PLAIN) and path.exists()
+    for losses in saved(layout(on).devices, folder):
+        assert losses[name] == pytest.approx(whole[:STOP], abs=1e-9)
+
+
+@pytest.mark.parametrize(("first", "then"), RESUMED)
+def test_resumed_on_another_layout(folder: Path, whole: list[float], first: str, then: str) -> None:
+    for losses in resumed(layout(then).devices, folder):
+        assert losses[first, then] == pytest.approx(whole[STOP:], abs=1e-9)
+
+
+def test_a_gathered_ckpt_is_lightning_s(folder: Path) -> None:
+    for name in SAVED:
+        if name.endswith("gathered"):
+            assert Gpt.load_from_checkpoint(checkpoint(name, folder)).hparams.width == 16
+
+
+def test_another_model_s_checkpoint_ends_all_ranks_with_names(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(fit, 2, LAYOUTS["tensor"], str(tmp_path / "after"), path, True, END, False, 24)
+        run_ranks(fit, 2, LAYOUTS["tensor"], str(tmp_path), checkpoint("data", folder), True, END, False, 24)
     for outcome in failed.value.outcomes:
         assert "checkpoint of another model" in outcome.message
         assert "blocks.0.down.bias is [16] in the checkpoint and [24] here" in outcome.message
         assert outcome.seconds < 25
 
 
-def test_a_sharded_checkpoint_is_exported(tmp_path: Path) -> None:
-    run_ranks(fit, 4, LAYOUTS["both"], str(tmp_path), None, True, STOP)
-    path = tmp_path / f"step={STOP}.ckpt"
+def test_a_sharded_checkpoint_is_exported(folder: Path, tmp_path: Path) -> None:
+    path = Path(checkpoint("both", folder))
     commands.export(path, tmp_path / "out")
     commands.convert(path, tmp_path / "whole.ckpt")
     module = Gpt().double()
