@@ -18,18 +18,21 @@ from lightning_bharat.plan.whole_attention import ContextError
 from tests.modules import Batch, Result, Trained, assert_equal, fit
 from tests.plan.models import VOCABULARY, FusedBlock, Nano, Wrapped, llama
 from tests.ranks import run_ranks
-from tests.strategies.test_hybrid import compare
+from tests.strategies.together import Run, Together
 
 CONTEXT: dict[str, Any] = {"context_parallel_size": 2}
-OPTIONS: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2, "last": 2}
+OPTIONS: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2, "last": 2, "steps": 6}  # two epochs
 
 
 # ---- the same
 
 
-@pytest.mark.parametrize("module", ["gpt", "nano", "llama", "qwen3"])
+CONTEXT_2 = Together(2, {name: Run(name, CONTEXT, OPTIONS) for name in ("gpt", "nano", "llama", "qwen3")})
+
+
+@pytest.mark.parametrize("module", CONTEXT_2.runs)
 def test_two_context_ranks_equal_one_process(module: str) -> None:
-    results = compare(module, 2, CONTEXT, **OPTIONS)
+    results = CONTEXT_2.check(module)
     assert "attention exchanges parts of the time for heads (4; Ulysses)" in results[0].explain
 
 
@@ -39,22 +42,23 @@ BESIDE: dict[str, dict[str, Any]] = {
     "1F1B": {"pipeline_parallel_size": 2},
     "ZBVZeroBubble": {"pipeline_parallel_size": 2, "schedule": "ZBVZeroBubble"},
 }
-
-
-@pytest.mark.parametrize(
-    ("module", "other"),
-    [
-        *[("nano", "data"), ("llama", "data"), ("gpt", "tensor"), ("llama", "tensor")],
-        *[("gpt2", "1F1B"), ("deep", "ZBVZeroBubble")],
-    ],
+PAIRS = [
+    *[("nano", "data"), ("llama", "data"), ("gpt", "tensor"), ("llama", "tensor")],
+    *[("gpt2", "1F1B"), ("deep", "ZBVZeroBubble")],
+]
+BESIDE_OTHERS = Together(
+    4, {f"{module}, {other}": Run(module, {**CONTEXT, **BESIDE[other]}, OPTIONS) for module, other in PAIRS}
 )
-def test_beside_other_ranks(module: str, other: str) -> None:
-    compare(module, 4, {**CONTEXT, **BESIDE[other]}, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", BESIDE_OTHERS.runs)
+def test_beside_other_ranks(name: str) -> None:
+    BESIDE_OTHERS.check(name)
 
 
 def test_beside_tensor_ranks_and_stages() -> None:
     sizes = {**CONTEXT, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    compare("llama", 8, sizes, steps=4, gradient_clip_val=0.3)
+    Together(8, {"llama": Run("llama", sizes, {"steps": 4, "gradient_clip_val": 0.3})}).check("llama")
 
 
 class OfThreeHeads(Trained):
@@ -197,36 +201,30 @@ class HuggingFace(Trained):
             self.model = Wrapped(transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **heads, **dry)))
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "bert"])
+FEW: dict[str, Any] = {"gradient_clip_val": 0.3, "steps": 4}
+OTHERS = Together(2, {kind: Run(partial(HuggingFace, kind), CONTEXT, FEW) for kind in ("gemma3", "bert")})
+
+
+@pytest.mark.parametrize("kind", OTHERS.runs)
 def test_other_hugging_face_models(kind: str) -> None:
-    options: dict[str, Any] = {"gradient_clip_val": 0.3, "steps": 4}
-    expected = run_ranks(_fit, 1, partial(HuggingFace, kind), None, options)[0]
-    for found in run_ranks(_fit, 2, partial(HuggingFace, kind), CONTEXT, options):
-        assert_equal(found, expected, 1e-6 if kind == "gemma3" else 1e-9)
+    OTHERS.check(kind, 1e-6 if kind == "gemma3" else 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("module", "said"),
-    [
-        (OfThreeHeads, "attention gathers keys and values, since its 3 heads do not divide"),
-        (Documents, "key-value heads (1) repeated"),
-        (HintedLater, "Ulysses"),
-        (UsedByOneRank, "Ulysses"),
-        (Padded, "Ulysses"),
-        (partial(Padded, packed=True), "Ulysses"),
-    ],
-    ids=["three heads", "documents", "other arguments later", "used by one rank", "padded", "packed"],
-)
-def test_masks_and_heads(module: Callable[[], Trained], said: str) -> None:
-    options: dict[str, Any] = {"gradient_clip_val": 0.3, "steps": 4}
-    expected = run_ranks(_fit, 1, module, None, options)[0]
-    for found in run_ranks(_fit, 2, module, CONTEXT, options):
-        assert_equal(found, expected)
-        assert said in found.explain
+MASKS: dict[str, tuple[Callable[[], Trained], str]] = {
+    "three heads": (OfThreeHeads, "attention gathers keys and values, since its 3 heads do not divide"),
+    "documents": (Documents, "key-value heads (1) repeated"),
+    "other arguments later": (HintedLater, "Ulysses"),
+    "used by one rank": (UsedByOneRank, "Ulysses"),
+    "padded": (Padded, "Ulysses"),
+    "packed": (partial(Padded, packed=True), "Ulysses"),
+}
+MASKED = Together(2, {name: Run(module, CONTEXT, FEW) for name, (module, _) in MASKS.items()})
 
 
-def _fit(module: Any, strategy: dict[str, Any] | None, options: dict[str, Any]) -> Result:
-    return fit(module, strategy, **options)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_and_heads(name: str) -> None:
+    for found in MASKED.check(name):
+        assert MASKS[name][1] in found.explain
 
 
 def test_checkpoints_of_other_layouts(tmp_path: Path) -> None:

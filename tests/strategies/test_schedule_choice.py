@@ -17,7 +17,7 @@ from tests.callbacks.test_pipeline_timeline import _followed
 from tests.modules import Result, Trained, fit
 from tests.plan.models import FusedBlock, Nano
 from tests.ranks import run_ranks
-from tests.strategies.test_hybrid import compare
+from tests.strategies.together import Run, Together
 
 EQUAL = {"a": BlockTimes(1.0, 1.0, 1.0, 10, 4)}
 STAGES: dict[str, Any] = {"pipeline_parallel_size": 2, "schedule": "auto"}
@@ -114,7 +114,7 @@ def test_work_without_its_input() -> None:
 
 def test_it_trains_as_one_process() -> None:
     options = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2}
-    for found in compare("deep", 2, STAGES, **options):
+    for found in Together(2, {"deep": Run("deep", STAGES, options)}).check("deep"):
         (line,) = [line for line in found.explain.splitlines() if line.startswith("schedule: ")]
         assert "predicted by measured blocks; the others " in line
         assert "; measured in step 3: " in line and line.count("(bubble ") == 1 + len(KINDS)
