@@ -17,6 +17,7 @@ from lightning_bharat import HybridStrategy
 from tests.modules import Batch, Result, Rows, Trained, assert_equal, fit
 from tests.plan.models import FusedBlock, Nano
 from tests.ranks import run_ranks
+from tests.strategies.together import Run, Together
 
 STAGES: dict[str, Any] = {"pipeline_parallel_size": 2}
 ON_EIGHT = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
@@ -70,69 +71,66 @@ class Unused(Deep):
 
 MODULES = {"deep": Deep, "lengths": Lengths, "frozen": Frozen, "sums": Sums, "unused": Unused}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "changing lengths": ("lengths", {"last": 2}),
-    "a frozen stage": ("frozen", {}),
+    "changing lengths": ("lengths", {"last": 2, "steps": 6}),
+    "a frozen stage": ("frozen", {"steps": 6}),
     "each reduction": ("sums", {"steps": 8}),
-    "value clipping": ("deep", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
-    "ragged labels": ("deep", {"ragged": True}),
-    "one row at the end": ("deep", {"last": 2, "batch": 6}),
-    "a layer that nothing uses": ("unused", {"accumulate_grad_batches": 2}),
+    "value clipping": ("deep", {"steps": 6, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "ragged labels": ("deep", {"steps": 6, "ragged": True}),
+    "one row at the end": ("deep", {"last": 2, "batch": 6, "steps": 6}),
+    "a layer that nothing uses": ("unused", {"steps": 4, "accumulate_grad_batches": 2}),
 }
 
 
-def _all(strategy: dict[str, Any] | None) -> dict[str, Result]:
-    return {name: fit(MODULES[module], strategy, **options) for name, (module, options) in CASES.items()}
+def alone(schedule: str) -> Together:
+    strategy = {**STAGES, "schedule": schedule}
+    return Together(2, {name: Run(MODULES[module], strategy, options) for name, (module, options) in CASES.items()})
 
 
-@cache
-def _one_process() -> dict[str, Result]:
-    return run_ranks(_all, 1, None)[0]
+SCHEDULES = {schedule: alone(schedule) for schedule in ("1F1B", "InterleavedZeroBubble")}
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
-def test_each_alone(schedule: str) -> None:
-    for results in run_ranks(_all, 2, {**STAGES, "schedule": schedule}, timeout=60):
-        for name, found in results.items():
-            assert_equal(found, _one_process()[name])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", CASES)
+def test_each_alone(name: str, schedule: str) -> None:
+    SCHEDULES[schedule].check(name)
 
 
-def _on_eight(strategy: dict[str, Any] | None) -> Result:
-    return fit("deep", strategy, 6, gradient_clip_val=0.3, accumulate_grad_batches=3, last=2)
+def by_tokens(strategy: dict[str, Any], accumulate: int) -> Run:
+    """One process sees each window as one batch."""
+    options = {"accumulate_grad_batches": accumulate, "batches": 4 * accumulate}
+    kept = {"ragged": True, "steps": 6}
+    return Run("deep", {**strategy, "token_weighted": True}, {**kept, **options}, {**kept, "batch": 8 * accumulate})
+
+
+COPIES = {**STAGES, "replicate_size": 2}
+ON_TWO = Together(2, {f"pipeline {n}": by_tokens(STAGES, n) for n in (1, 2)})
+ON_FOUR = Together(
+    4,
+    {f"data {n}": by_tokens(STAGES, n) for n in (1, 2)}
+    | {f"tensor {n}": by_tokens(ON_EIGHT, n) for n in (1, 2)}
+    | {"copies": Run("deep", COPIES, {"steps": 4})},
+)
+ALL = {"steps": 4, "gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2}
+EIGHT = Together(8, {"all": Run("deep", ON_EIGHT, ALL), "copies": Run("deep", COPIES, {"steps": 4})})
 
 
 def test_data_2_tensor_2_pipeline_2() -> None:
-    expected = run_ranks(_on_eight, 1, None)[0]
-    for found in run_ranks(_on_eight, 8, ON_EIGHT, timeout=90):
-        assert_equal(found, expected)
+    EIGHT.check("all")
 
 
-def _weighted(strategy: dict[str, Any] | None, accumulate: int) -> Result:
-    options = {"ragged": True, "batch": 8 if strategy else 8 * accumulate}
-    if strategy:
-        options |= {"accumulate_grad_batches": accumulate, "batches": 4 * accumulate}
-    return fit("deep", strategy, **options)
+@pytest.mark.parametrize("on", [ON_FOUR, EIGHT], ids=["4", "8"])
+def test_copies_of_divided_weights_on_each_stage(on: Together) -> None:
+    on.check("copies")
 
 
-def test_copies_of_divided_weights_on_each_stage() -> None:
-    for copies, ranks in ((2, 4), (2, 8)):
-        for found in run_ranks(fit, ranks, Deep, {**STAGES, "replicate_size": copies}, 4, timeout=60):
-            assert_equal(found, _once_deep())
-
-
-@cache
-def _once_deep() -> Result:
-    return fit(Deep, None, 4)
-
-
-@pytest.mark.parametrize("layout", [(2, STAGES), (4, STAGES), (4, ON_EIGHT)], ids=["pipeline", "data", "tensor"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_token_weighted(layout: tuple[int, dict[str, Any]], accumulate: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "on"), [(name, on) for on in (ON_TWO, ON_FOUR) for name in on.runs if name != "copies"]
+)
+def test_token_weighted(name: str, on: Together) -> None:
     """Weights are those of one process that sees each window as one batch."""
-    ranks, strategy = layout
-    expected = run_ranks(_weighted, 1, None, accumulate)[0]
-    for found in run_ranks(_weighted, ranks, {**strategy, "token_weighted": True}, accumulate):
-        for name, weight in expected.weights.items():
-            torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-7, msg=name)
+    for found in on.found(name):
+        for key, weight in on.whole(name).weights.items():
+            torch.testing.assert_close(found.weights[key], weight, rtol=0, atol=1e-7, msg=key)
 
 
 class Evaluated(L.LightningModule):
@@ -175,15 +173,29 @@ def _evaluate(strategy: dict[str, Any] | None, ranks: int, data: int, rank: int)
     return validated, tested, {int(r): x for p in predicted for r, x in zip(p["rows"], p["logits"], strict=True)}
 
 
-def _evaluate_here(strategy: dict[str, Any] | None, ranks: int, data: int) -> tuple[Any, ...]:
-    return _evaluate(strategy, ranks, data, int(os.environ["RANK"]) % data)
+EVALUATED: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"1F1B": STAGES, "DualPipeV": {**STAGES, "schedule": "DualPipeV"}},
+    4: {"data": STAGES},
+}
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, STAGES), (2, {**STAGES, "schedule": "DualPipeV"}), (4, STAGES)])
-def test_validate_test_and_predict(ranks: int, strategy: dict[str, Any]) -> None:
+@cache
+def _evaluated(ranks: int) -> list[dict[str, tuple[Any, ...]]]:
+    return run_ranks(
+        _evaluate_here, ranks, EVALUATED.get(ranks, {"whole": None}), ranks, max(ranks // 2, 1), timeout=60
+    )
+
+
+def _evaluate_here(strategies: dict[str, Any], ranks: int, data: int) -> dict[str, tuple[Any, ...]]:
+    rank = int(os.environ["RANK"]) % data
+    return {name: _evaluate(strategy, ranks, data, rank) for name, strategy in strategies.items()}
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in EVALUATED.items() for name in names])
+def test_validate_test_and_predict(ranks: int, name: str) -> None:
     """Every rank of a pipeline gets what the last stage has predicted."""
-    validated, tested, rows = run_ranks(_evaluate_here, 1, None, 1, 1)[0]
-    found = run_ranks(_evaluate_here, ranks, strategy, ranks, ranks // 2)
+    validated, tested, rows = _evaluated(1)[0]["whole"]
+    found = [of_rank[name] for of_rank in _evaluated(ranks)]
     for mine, also, some in found:
         assert mine == [pytest.approx(values, rel=1e-9) for values in validated]
         assert also == [pytest.approx(values, rel=1e-9) for values in tested]
@@ -212,16 +224,21 @@ class Noisy(Trained):
         return super().loss(batch)
 
 
-def _noisy(options: dict[str, Any]) -> tuple[Result, list[Tensor]]:
-    made = Noisy()
-    return fit(lambda: made, {**STAGES, **options}, 6), made.masks
+def _noisy() -> list[tuple[Result, list[Tensor]]]:
+    """Without recomputation and with it."""
+    found = []
+    for options in ({}, {"activation_checkpointing": "full"}):
+        L.seed_everything(7, verbose=False)
+        made = Noisy()
+        found.append((fit(lambda made=made: made, {**STAGES, **options}, 6), made.masks))
+    return found
 
 
 def test_random_numbers_are_those_of_the_micro_batch_on_all_stages() -> None:
     """Recomputation changes nothing."""
-    runs = [run_ranks(_noisy, 2, options) for options in ({}, {"activation_checkpointing": "full"})]
-    (first, masks), (last, also) = runs[0]
+    first_rank, last_rank = run_ranks(_noisy, 2)
+    (first, masks), (last, also) = first_rank[0], last_rank[0]
     assert len(masks) == 6 * 4 + 4 and all(torch.equal(a, b) for a, b in zip(masks, also, strict=True))
     assert len({tuple(mask.tolist()) for mask in masks}) > 8
     assert_equal(first, last)
-    assert_equal(runs[1][0][0], first)
+    assert_equal(first_rank[1][0], first)
