@@ -54,9 +54,23 @@ def trained(strategy: dict[str, Any] | None, precision: str) -> dict[str, Result
     return {model: fit(model, strategy, steps=6, gradient_clip_val=0.5, **options) for model in MODELS}
 
 
+HALF = ("bf16-true", "16-true", "bf16-mixed", "16-mixed")
+
+
+def in_each(strategy: dict[str, Any] | None, precisions: list[str]) -> dict[str, dict[str, Result]]:
+    return {precision: trained(strategy, precision) for precision in precisions}
+
+
 @cache
-def one_process(precision: str) -> dict[str, Result]:
-    return run_ranks(trained, 1, None, precision)[0]
+def one_process() -> dict[str, dict[str, Result]]:
+    return run_ranks(in_each, 1, None, ["64-true", "32-true", *HALF])[0]
+
+
+@cache
+def runs_on(layout: str) -> list[dict[str, dict[str, Result]]]:
+    """What each rank found, by precision and model."""
+    ranks, strategy = LAYOUTS[layout]
+    return run_ranks(in_each, ranks, strategy, ["32-true", *HALF], timeout=90)
 
 
 def seen(run: Result) -> Tensor:
@@ -75,24 +89,22 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32_is_one_process(layout: str) -> None:
-    ranks, strategy = LAYOUTS[layout]
-    for results in run_ranks(trained, ranks, strategy, "32-true"):
-        for model, found in results.items():
-            expected = one_process("32-true")[model]
+    for results in runs_on(layout):
+        for model, found in results["32-true"].items():
+            expected = one_process()["32-true"][model]
             torch.testing.assert_close(seen(found)[:, 0], seen(expected)[:, 0], rtol=1e-5, atol=0)
             torch.testing.assert_close(seen(found)[:, 1], seen(expected)[:, 1], rtol=1e-4, atol=0)
             torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_precision_rounds_as_on_one_process(layout: str, precision: str) -> None:
     """By their distance to float64. Two tensor ranks round three times where one process does once: their partial sums,
     and the sum of them."""
-    ranks, strategy = LAYOUTS[layout]
-    for results in run_ranks(trained, ranks, strategy, precision):
-        for model, found in results.items():
-            one, exact = one_process(precision)[model], one_process("64-true")[model]
+    for results in runs_on(layout):
+        for model, found in results[precision].items():
+            one, exact = one_process()[precision][model], one_process()["64-true"][model]
             kept = {weight.dtype for weight in found.weights.values()}
             assert kept == {{"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)}
             assert error(seen(found)[:, 0], seen(exact)[:, 0]) <= 3 * error(seen(one)[:, 0], seen(exact)[:, 0])
@@ -170,41 +182,58 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def overflowing(strategy: dict[str, Any] | None, ranks: list[int], accumulate: int, options: dict[str, Any]) -> list:
-    found = []
-    for on in ranks:
-        L.seed_everything(7, verbose=False)
-        made = Overflows(on, **options)
-        scaled = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", 1024.0, growth_interval=2))
-        loop: dict[str, Any] = {"plugins": [scaled], "precision": None, "accumulate_grad_batches": accumulate}
-        if not options:  # an optimizer that unscales by itself can't be clipped, and by hand nothing is
-            loop["gradient_clip_val"] = 0.25
-        run = fit(lambda made=made: made, strategy, steps=7 // accumulate, **loop)
-        sums = {name: weight.double().sum().item() for name, weight in run.weights.items()}
-        found.append((made.scales, made.changed, torch.tensor([*sum(run.seen, ()), *made.clipped]), sums))
-    return found
+Overflowed = tuple[list[float], list[bool], Tensor, dict[str, float]]
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    # batches a step, the module's options
+    "plain": (1, {}),
+    "accumulated": (2, {}),
+    "manual": (1, {"manual": True}),
+    "fused": (1, {"optimizer": {"fused": True}}),
+}
+
+
+def overflowing(strategy: dict[str, Any] | None, ranks: list[int], names: list[str]) -> dict[str, list[Overflowed]]:
+    return {name: [overflowed(strategy, on, *CASES[name]) for on in ranks] for name in names}
+
+
+def overflowed(strategy: dict[str, Any] | None, on: int, accumulate: int, options: dict[str, Any]) -> Overflowed:
+    L.seed_everything(7, verbose=False)
+    made = Overflows(on, **options)
+    scaled = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", 1024.0, growth_interval=2))
+    loop: dict[str, Any] = {"plugins": [scaled], "precision": None, "accumulate_grad_batches": accumulate}
+    if not options:  # an optimizer that unscales by itself can't be clipped, and by hand nothing is
+        loop["gradient_clip_val"] = 0.25
+    run = fit(lambda: made, strategy, steps=7 // accumulate, **loop)
+    sums = {name: weight.double().sum().item() for name, weight in run.weights.items()}
+    return made.scales, made.changed, torch.tensor([*sum(run.seen, ()), *made.clipped]), sums
+
+
+@cache
+def overflows_of_one() -> dict[str, list[Overflowed]]:
+    return run_ranks(overflowing, 1, None, [0], list(CASES))[0]
+
+
+@cache
+def overflows_on(layout: str) -> list[dict[str, list[Overflowed]]]:
+    ranks, strategy = LAYOUTS[layout]
+    names = list(CASES) if layout == "data 2 × tensor 2" else ["plain"]
+    return run_ranks(overflowing, ranks, strategy, [0, ranks - 1], names, timeout=60)
 
 
 @pytest.mark.parametrize(
-    ("layouts", "accumulate", "options"),
-    [
-        (LAYOUTS, 1, {}),
-        (["data 2 × tensor 2"], 2, {}),
-        (["data 2 × tensor 2"], 1, {"manual": True}),
-        (["data 2 × tensor 2"], 1, {"optimizer": {"fused": True}}),
-    ],
-    ids=["each layout", "accumulated", "manual", "fused"],
+    ("layout", "name"),
+    [*((layout, "plain") for layout in LAYOUTS), *(("data 2 × tensor 2", name) for name in CASES if name != "plain")],
 )
-def test_no_rank_steps_where_one_can_not(layouts: Any, accumulate: int, options: dict[str, Any]) -> None:
-    scales, changed, numbers, _ = run_ranks(overflowing, 1, None, [0], accumulate, options)[0][0]
+def test_no_rank_steps_where_one_can_not(layout: str, name: str) -> None:
+    accumulate, _ = CASES[name]
+    scales, changed, numbers, _ = overflows_of_one()[name][0]
     assert scales[BAD] == scales[BAD - 1] / 2
     assert not changed[BAD] and all(changed[accumulate - 1 : BAD : accumulate])
-    for ranks, strategy in map(LAYOUTS.__getitem__, layouts):
-        results = run_ranks(overflowing, ranks, strategy, [0, ranks - 1], accumulate, options)
-        for found in (found for rank in results for found in rank):
-            assert found[:2] == (scales, changed)
-            torch.testing.assert_close(found[2], numbers, rtol=2e-2, atol=0, equal_nan=True)
-        assert all(found[3] == first[3] for rank in results for found, first in zip(rank, results[0], strict=True))
+    results = [rank[name] for rank in overflows_on(layout)]
+    for found in (found for rank in results for found in rank):
+        assert found[:2] == (scales, changed)
+        torch.testing.assert_close(found[2], numbers, rtol=2e-2, atol=0, equal_nan=True)
+    assert all(found[3] == first[3] for rank in results for found, first in zip(rank, results[0], strict=True))
 
 
 def clipped(strategy: dict[str, Any]) -> list[float]:
