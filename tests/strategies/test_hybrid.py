@@ -10,7 +10,8 @@ import torch
 from tests.modules import zoo
 from tests.strategies.together import Run, Together
 
-CLIPPED: dict[str, Any] = {"gradient_clip_val": 0.5, "last": 2}
+STEPS = {"steps": 6}  # one epoch, with its validation, and some of a second
+CLIPPED: dict[str, Any] = {**STEPS, "gradient_clip_val": 0.5, "last": 2}
 TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
 OPTIONS: list[dict[str, Any]] = [
     {"reshard_after_forward": False},
@@ -23,17 +24,18 @@ ALONE = {f"{name} {options}": Run(name, options, CLIPPED) for name in ("nano", "
 
 def on_both(module: str) -> Run:
     more = {} if module == "stack" else {"activation_checkpointing": "full", "token_weighted": True}
-    return Run(module, {**TENSOR, **more}, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2})
+    return Run(module, {**TENSOR, **more}, {**STEPS, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2})
 
 
 def by_tokens(accumulate: int, **strategy: Any) -> Run:
     """One process sees each window as one batch."""
     options = {"ragged": True, "accumulate_grad_batches": accumulate, "batches": 4 * accumulate}
-    return Run("nano", {**strategy, "token_weighted": True}, options, {"ragged": True, "batch": 8 * accumulate})
+    whole = {"ragged": True, "batch": 8 * accumulate}
+    return Run("nano", {**strategy, "token_weighted": True}, {**STEPS, **options}, {**STEPS, **whole})
 
 
 BY_TOKENS = {f"accumulate {n}": n for n in (1, 2)}
-VALUE = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+VALUE = {**STEPS, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 DATA_2 = Together(
     2,
     {name: Run(name, {}, CLIPPED) for name in zoo()} | ALONE | {name: by_tokens(n) for name, n in BY_TOKENS.items()},
@@ -44,7 +46,7 @@ TENSOR_2 = Together(
 BOTH = Together(
     4,
     {name: on_both(name) for name in zoo()}
-    | {"copies": Run("nano", {"replicate_size": 2}, {"gradient_clip_val": 0.5})}
+    | {"copies": Run("nano", {"replicate_size": 2}, {**STEPS, "gradient_clip_val": 0.5})}
     | {name: by_tokens(n, **TENSOR) for name, n in BY_TOKENS.items()},
 )
 
