@@ -10,6 +10,7 @@ from tests.modules import zoo
 from tests.strategies.together import Run, Together
 
 TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
+TRAINER: dict[str, Any] = {"steps": 6, "gradient_clip_val": 0.3}  # one epoch and some of a second, or two
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"sequence_parallel": False},
@@ -25,7 +26,7 @@ def all_options(module: str) -> Run:
     strategy = {**TENSOR, "reshard_after_forward": True}
     if module != "stack":  # it has no blocks to recompute
         strategy["activation_checkpointing"] = "full"
-    return Run(module, strategy, {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2, "last": 2})
+    return Run(module, strategy, {**TRAINER, "accumulate_grad_batches": 2, "last": 2})
 
 
 def alone(module: str, options: dict[str, Any]) -> Run:
@@ -35,7 +36,7 @@ def alone(module: str, options: dict[str, Any]) -> Run:
         options = {"plan": {f"{blocks}.{ends[0]}": "colwise", f"{blocks}.{ends[1]}": "rowwise"}}
         if module == "qwen3":
             options["plan"][f"{blocks}.gate_proj"] = "colwise"
-    return Run(module, {**TENSOR, **options}, {"gradient_clip_val": 0.3})
+    return Run(module, {**TENSOR, **options}, TRAINER)
 
 
 ALL = {name: all_options(name) for name in zoo()}
