@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,60 @@ from tests.ranks import run_ranks
 STAGES = {"pipeline_parallel_size": 2}
 
 
-def _saving(module: str, strategy: dict[str, Any] | None, folder: str, averaged: bool, ckpt: str | None) -> Result:
+# Tied embedding and head on both ends; a value that all stages read.
+CASES = {f"{module}, {kept}": (module, kept) for module in ("gpt2", "shared") for kept in ("weights", "averages")}
+RESUMED = {"pipeline": STAGES, "tensor": {"tensor_parallel_size": 2}}
+
+
+def _saving(name: str, strategy: dict[str, Any] | None, folder: Path, ckpt: Path | None = None) -> Result:
+    module, kept = CASES[name]
     keep = [ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)]
-    average = [ours.EMAWeightAveraging(decay=0.8)] if averaged else []
-    return fit(module, strategy, 8, enable_checkpointing=True, callbacks=[*keep, *average], ckpt=ckpt)
+    average = [ours.EMAWeightAveraging(decay=0.8)] if kept == "averages" else []
+    ckpt_path = str(ckpt) if ckpt else None
+    return fit(module, strategy, 8, enable_checkpointing=True, callbacks=[*keep, *average], ckpt=ckpt_path)
 
 
-@pytest.mark.parametrize("module", ["gpt2", "shared"])
-@pytest.mark.parametrize("averaged", [False, True], ids=["weights", "averages"])
-def test_resumed_and_exported(tmp_path: Path, module: str, averaged: bool) -> None:
-    """Tied embedding and head on both ends; a value that all stages read."""
-    expected = run_ranks(_saving, 1, module, None, str(tmp_path / "one"), averaged, None)[0]
-    for found in run_ranks(_saving, 2, module, STAGES, str(tmp_path / "stages"), averaged, None):
-        _same_weights(found, expected)
-    path = tmp_path / "stages" / "step=4.ckpt"
-    for strategy in (STAGES, {"tensor_parallel_size": 2}):
-        for found in run_ranks(_saving, 2, module, strategy, str(tmp_path / "again"), averaged, str(path)):
-            _same_weights(found, expected)
-    commands.export(tmp_path / "stages" / "step=8.ckpt", tmp_path / "out")
+def _save_all(strategy: dict[str, Any] | None, folder: Path) -> dict[str, Result]:
+    return {name: _saving(name, strategy, folder / name) for name in CASES}
+
+
+def _resume_all(folder: Path) -> dict[tuple[str, str], Result]:
+    return {
+        (name, then): _saving(name, strategy, folder / f"{name}, {then}", folder / name / "step=4.ckpt")
+        for name in CASES
+        for then, strategy in RESUMED.items()
+    }
+
+
+@cache
+def _one_process(folder: Path) -> dict[str, Result]:
+    return run_ranks(_save_all, 1, None, folder / "one", timeout=60)[0]
+
+
+@cache
+def _on_stages(folder: Path) -> list[dict[str, Result]]:
+    return run_ranks(_save_all, 2, STAGES, folder, timeout=60)
+
+
+@cache
+def _resumed(folder: Path) -> list[dict[tuple[str, str], Result]]:
+    return run_ranks(_resume_all, 2, folder, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_and_exported(folder: Path, tmp_path: Path, name: str) -> None:
+    expected = _one_process(folder)[name]
+    for found in _on_stages(folder):
+        _same_weights(found[name], expected)
+    for again in _resumed(folder):
+        for then in RESUMED:
+            _same_weights(again[name, then], expected)
+    commands.export(folder / name / "step=8.ckpt", tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert not any(value.isnan().any() for value in exported.values())
 
