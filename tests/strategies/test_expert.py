@@ -120,21 +120,34 @@ def _balanced(strategy: dict[str, Any] | None, options: dict[str, Any]) -> tuple
     return found, [layer.mlp.gate.bias_steps.tolist() for layer in made[0].model.layers]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "strategy", "options"),
-    [
-        (2, {}, BALANCED),
-        (2, EXPERT, BALANCED),
-        (4, STAGED, {"bias_update_speed": 0.05}),
-        (2, PARTS, {"bias_update_speed": 0.05, "scoring_func": "sigmoid"}),
-        (2, EXPERT, {"bias_update_speed": 0.05, "lazy": True}),
-    ],
-    ids=str,
-)
-def test_balance_is_that_of_the_whole_batch(ranks: int, strategy: dict[str, Any], options: dict[str, Any]) -> None:
+# Ranks, and arguments of the strategy and of the module.
+BALANCES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "data": (2, {}, BALANCED),
+    "expert": (2, EXPERT, BALANCED),
+    "pipeline": (4, STAGED, {"bias_update_speed": 0.05}),
+    "context": (2, PARTS, {"bias_update_speed": 0.05, "scoring_func": "sigmoid"}),
+    "lazy": (2, EXPERT, {"bias_update_speed": 0.05, "lazy": True}),
+}
+
+
+def _balances(ranks: int) -> dict[str, tuple[Result, list]]:
+    cases = {name: case for name, case in BALANCES.items() if ranks in (1, case[0])}
+    alone = {name: {} if "lazy" in options else None for name, (_, _, options) in cases.items()}
+    return {name: _balanced(alone[name] if ranks == 1 else case[1], case[2]) for name, case in cases.items()}
+
+
+@cache
+def balances(ranks: int) -> list[dict[str, tuple[Result, list]]]:
+    return run_ranks(_balances, ranks, ranks, timeout=60)
+
+
+@pytest.mark.parametrize("name", BALANCES)
+def test_balance_is_that_of_the_whole_batch(name: str) -> None:
     """The loss, the biases and what is logged of them."""
-    expected, steps = run_ranks(_balanced, 1, {} if "lazy" in options else None, options)[0]
-    for found, moved in run_ranks(_balanced, ranks, strategy, options):
+    ranks, _, options = BALANCES[name]
+    expected, steps = balances(1)[0][name]
+    for of_rank in balances(ranks):
+        found, moved = of_rank[name]
         assert_equal(found, expected)
         assert moved == steps
     assert steps[0] != [0] * 8
