@@ -43,7 +43,7 @@ ZERO = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 WARM_UP = 2
 
 
-class _Sleep(torch.autograd.Function):
+class Sleep(torch.autograd.Function):
     """Passes on ``x``; sleeps meanwhile, and when its gradient passes."""
 
     @staticmethod
@@ -67,7 +67,7 @@ class Sleeping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         forward, inputs, weights = self.seconds
-        return _Sleep.apply(x, forward, inputs) * _Sleep.apply(self.weight, 0.0, weights)
+        return Sleep.apply(x, forward, inputs) * Sleep.apply(self.weight, 0.0, weights)
 
 
 class Sleepers(L.LightningModule):

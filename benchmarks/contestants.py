@@ -87,7 +87,12 @@ class _KeepLosses(L.Callback):
 
 
 def ours(
-    config: GPTConfig, layout: Layout, microbatches: int, schedule: str = "1F1B", keeps_weights: bool = False
+    config: GPTConfig,
+    layout: Layout,
+    microbatches: int,
+    schedule: str = "1F1B",
+    keeps_weights: bool = False,
+    kind: type[GPTModule] = GPTModule,
 ) -> tuple[HybridStrategy, ByTrainer]:
     """The strategy of this package, with ``microbatches`` under a pipeline, and its loop.
 
@@ -98,12 +103,13 @@ def ours(
         data_parallel_size=layout.data,
         tensor_parallel_size=layout.tensor,
         pipeline_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         expert_parallel_size=layout.expert,
         reshard_after_forward=False if keeps_weights else None,
         num_microbatches=microbatches if layout.pipeline > 1 else None,
         schedule=schedule,
     )
-    return strategy, ByTrainer(config, layout, strategy)
+    return strategy, ByTrainer(config, layout, strategy, kind)
 
 
 def lightnings(config: GPTConfig, layout: Layout) -> ByTrainer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import finalize
 
@@ -16,14 +17,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_bharat import Layout, ModelPlan
+from lightning_bharat.commands.counted import Cuts, counted
 from lightning_bharat.models import GPTConfig, GPTModule
+from lightning_bharat.models.moe import MixtureOfExperts, Router
 from lightning_bharat.plan.cluster import Cluster, Link
 from lightning_bharat.plan.elsewhere import is_elsewhere
-from lightning_bharat.plan.estimate import Estimate, Setting, Share
+from lightning_bharat.plan.estimate import Estimate
+from lightning_bharat.plan.find_context import find_context_cut
 from lightning_bharat.plan.memory import Memory, optimizer_state
 from lightning_bharat.plan.schedules import NONE, SCHEDULES
-from lightning_bharat.plan.work import CountingPeers, count_work
-from lightning_bharat.strategies.tensor import cut_module
+from lightning_bharat.plan.share import Setting
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,16 @@ class Count(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.saved = Saved(module)
-        if any(isinstance(p, DTensor) for p in module.parameters()):
+        self._divided = {name for name, p in module.named_parameters() if isinstance(p, DTensor)}
+        if self._divided:
             for block in module.model.layers:  # in the middle of a block, on the way there and on the way back
-                block.mlp.register_forward_pre_hook(lambda *_: self._look(module))
-                block.mlp.register_full_backward_pre_hook(lambda *_: self._look(module))
+                middle = block.mlp.experts if isinstance(block.mlp, MixtureOfExperts) else block.mlp
+                middle.register_forward_pre_hook(lambda *_: self._look(module))
+                middle.register_full_backward_pre_hook(lambda *_: self._look(module))
 
     def _look(self, module: L.LightningModule) -> None:
-        whole = storage_bytes(p for p in module.parameters() if not isinstance(p, DTensor) and not is_elsewhere(p))
+        divided = (p for name, p in module.named_parameters() if name in self._divided)
+        whole = storage_bytes(p for p in divided if not isinstance(p, DTensor) and not is_elsewhere(p))
         self._gathered = max(self._gathered, whole)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
@@ -113,6 +119,19 @@ class Saved:
         self._now -= size * (not self._uses[name])
 
 
+class Even(GPTModule):
+    """Its tokens choose experts in turn, so that each has as many."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for router in self._routers():
+            object.__setattr__(router, "choose", partial(_in_turn, router))
+
+
+def _in_turn(router: Router, scores: Tensor) -> Tensor:
+    return (torch.arange(len(scores) * router.top_k) % router.num_experts).view(len(scores), router.top_k)
+
+
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of this rank's memory behind ``tensors``, shared and padded memory included, each once."""
     here = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
@@ -123,19 +142,16 @@ def planned(
     config: GPTConfig, layout: Layout, plan: ModelPlan, microbatches: int, time: int, schedule: str = "1F1B"
 ) -> list[Held]:
     """What the planner says that each rank of the pipeline holds, from shapes on ``meta``; micro-batches of one row."""
+    batch = {name: torch.zeros(2, time, dtype=torch.long) for name in ("input_ids", "labels")}
     with torch.device("meta"):
-        module, batch = GPTModule(config), torch.zeros(2, time, dtype=torch.long)
-    peers = CountingPeers(layout.tensor)
-    if layout.tensor > 1:
-        cut_module(module, replace(plan, random=False), peers, sequence=True, loss=True)
-    growth = count_work(
-        module,
-        plan.block_names(module),
-        lambda copy, batch: copy._loss(batch),
-        {"input_ids": batch, "labels": batch},
-        peers=peers,
-    )
-    share = Share(module, plan, optimizer_state([module.configure_optimizers()]), growth)
+        module = GPTModule(config)
+
+    def step(copy: Any, batch: Any) -> Tensor:
+        return copy._loss(batch)
+
+    sequence = find_context_cut(module, step, batch, layout.context) if layout.context > 1 else None
+    cuts = Cuts(plan, layout.tensor, layout.context, sequence, layout.expert > 1)
+    share = counted(module, cuts, step, batch, None, lambda cut: optimizer_state([cut.configure_optimizers()]))
     here = Cluster(1, layout.devices, 2**30, 1e9, Link(1e9, 1e-4))
     estimate = Estimate(share, here)
     of_pipeline = next(known for known in SCHEDULES if known.name == schedule)

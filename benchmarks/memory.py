@@ -8,7 +8,8 @@ data ranks, and by Lightning on one process. After the last step each rank count
 parameters, its gradients and its optimizer's states, each storage once; the fullest rank is shown. `gathered` are the
 weights that are whole over data ranks at once, while a block runs, as modules show them: in the backward pass FSDP2
 gathers one more block ahead. `activations` is what autograd keeps at the fullest moment of a step. The planner's bytes
-are those by which `bharat layout` chooses.
+are those by which `bharat layout` chooses. With expert ranks it is a decoder with experts, which tokens choose in turn:
+the planner takes loads for even. ``--trained_routers`` leaves the choice to the routers.
 
 There are two goals: that parameters, gradients and optimizer states on 8 data ranks are each more than 80 % below one
 process; and that the planner's parameters, gradients, optimizer states and activations are within 5 % of the measured
@@ -22,7 +23,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,12 +32,13 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from benchmarks.contestants import Batch, ByTrainer, batches, ours
-from benchmarks.held import Count, Held, planned
+from benchmarks.held import Count, Even, Held, planned
 from benchmarks.overhead import SIZES, Size
 from lightning_bharat import Layout
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.table import size as in_words
 from lightning_bharat.commands.table import table
+from lightning_bharat.models import GPTConfig, GPTModule
 
 STEPS = 2
 GOAL, RANKS = 0.8, 8
@@ -48,7 +51,12 @@ LAYOUTS = (
     "pipeline=4",
     "data=4,pipeline=2",
     "data=2,tensor=2,pipeline=2",
+    "data=4,expert=2",
+    "data=2,tensor=2,expert=2",
+    "context=4",
+    "data=2,pipeline=2,context=2,expert=2",
 )
+EXPERTS = 8
 
 
 @dataclass(frozen=True)
@@ -96,27 +104,42 @@ class Result:
         return "met" if enough and max(self.apart.values()) <= NEAR else "missed"
 
 
-def cut(layout: str, size: str, schedule: str = "1F1B") -> tuple[list[Held], list[Held], Held | None]:
+def config_of(size: str, experts: bool) -> GPTConfig:
+    """Of the decoder; with experts of a quarter of its width, of which two are a token's."""
+    dense = SIZES[size].config
+    return replace(dense, num_experts=EXPERTS, moe_intermediate_size=dense.inner_size // 4) if experts else dense
+
+
+def cut(
+    layout: str, size: str, schedule: str = "1F1B", even: bool = True
+) -> tuple[list[Held], list[Held], Held | None]:
     """Train under ``layout``, then with DDP if it is one of data ranks; every rank of ``layout`` calls it.
+
+    Args:
+        layout: with expert ranks: a decoder with experts.
+        size: of the decoder.
+        schedule: of a pipeline.
+        even: tokens choose their experts in turn.
 
     Returns:
         What the fullest rank of each stage holds, what the planner says about it, and what one holds under DDP.
     """
     made, sizes = Layout.parse(layout), SIZES[size]
     rows = 2 * made.pipeline if made.pipeline > 1 else 1
-    strategy, loop = ours(sizes.config, made, rows, schedule)
+    config = config_of(size, made.expert > 1)
+    strategy, loop = ours(config, made, rows, schedule, kind=Even if even and made.expert > 1 else GPTModule)
     measured = _of_stages(_train(loop, sizes, rows), made)
     ddp = None
     if made.data == made.devices:
-        loop = ByTrainer(sizes.config, made, DDPStrategy(process_group_backend="gloo"))
+        loop = ByTrainer(config, made, DDPStrategy(process_group_backend="gloo"))
         ddp = _of_stages(_train(loop, sizes), made)[0]
     assert strategy.plan is not None
-    return measured, planned(sizes.config, made, strategy.plan, rows, sizes.time, schedule), ddp
+    return measured, planned(config, made, strategy.plan, rows, sizes.time, schedule), ddp
 
 
-def one_process(size: str) -> Held:
+def one_process(size: str, experts: bool = False) -> Held:
     """Train without any strategy, on the one rank that calls it."""
-    return _train(ByTrainer(SIZES[size].config, Layout(), "auto"), SIZES[size])
+    return _train(ByTrainer(config_of(size, experts), Layout(), "auto"), SIZES[size])
 
 
 def _train(loop: ByTrainer, size: Size, rows: int = 1) -> Held:
@@ -148,12 +171,15 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure the layouts that are asked for; returns the exit code."""
     options = _options(words)
     server = WarmServer((*PRELOAD, "benchmarks.contestants"))
-    one = server.run(one_process, 1, options.size, timeout=600)[0]
+    one = cache(lambda experts: server.run(one_process, 1, options.size, experts, timeout=600)[0])
     results = []
     for layout in options.layout or LAYOUTS:
         print(layout, file=sys.stderr, flush=True)
-        ours, said, ddp = server.run(cut, Layout.parse(layout).devices, layout, options.size, timeout=600)[0]
-        results.append(Result(layout, options.size, ours, said, ddp, one))
+        made = Layout.parse(layout)
+        ours, said, ddp = server.run(
+            cut, made.devices, layout, options.size, "1F1B", not options.trained_routers, timeout=600
+        )[0]
+        results.append(Result(layout, options.size, ours, said, ddp, one(made.expert > 1)))
     print(report(results))
     return int(any(result.verdict == "missed" for result in results))
 
@@ -191,6 +217,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__, formatter_class=form)
     parser.add_argument("--layout", action="append", help=f"may be given again (default: {' '.join(LAYOUTS)})")
     parser.add_argument("--size", choices=list(SIZES), default="large", help="of the decoder (default: large)")
+    parser.add_argument("--trained_routers", action="store_true", help="loads of experts are those of routers")
     return parser.parse_args(words)
 
 

@@ -124,7 +124,7 @@ def find(wish: Wish, machines: tuple[int, int, str], rows: int | None, staged: b
     def look(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         given = _batch_size(_lightning.loaders_of(trainer)[0])
         every = rows or given * nodes * ranks
-        found, _ = best(trainer, module, cluster, every, accumulates=False)
+        found, _ = best(trainer, module, cluster, every, accumulates=False, spread=False)
         legal = [choice for choice in found if staged or choice.layout.pipeline == 1]
         if not legal:
             raise LayoutError("no layout without a pipeline fits; leave out what a pipeline can't do")

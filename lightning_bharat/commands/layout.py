@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
@@ -12,7 +14,7 @@ from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.inspection import InspectionCLI, quiet
 from lightning_bharat.commands.planner import planned
 from lightning_bharat.commands.project import BAD_PROJECT, BadInput
-from lightning_bharat.commands.shares import proven_plans, state_of
+from lightning_bharat.commands.shares import proven_plans, spreads, state_of
 from lightning_bharat.commands.signature import say_error
 from lightning_bharat.commands.table import size, table
 from lightning_bharat.commands.timeline_ranks import run_step
@@ -20,10 +22,12 @@ from lightning_bharat.commands.why import why
 from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.cluster import Cluster
 from lightning_bharat.plan.copies import copy_module
+from lightning_bharat.plan.experts import find_experts
 from lightning_bharat.plan.layout import Layout, LayoutError
-from lightning_bharat.plan.memory import FirstOf, Memory, State, memory_per_rank
+from lightning_bharat.plan.memory import FirstOf, Memory, Spread, State, memory_per_rank
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import by_cost, placed
+from lightning_bharat.plan.share import number_of, parameters_of
 from lightning_bharat.strategies.tensor import cut_module
 
 DESCRIPTION = """\
@@ -135,8 +139,10 @@ def follow(words: list[str], text: str, folder: str) -> int:
 
 def describe(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> str:
     """The plan, the table of layouts on ``devices`` devices, and what they do not show."""
-    plans, refused = proven_plans(trainer, module, [n for n in range(1, devices + 1) if devices % n == 0])
-    rows, notes = [], dict.fromkeys(refused)
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    plans, refused = proven_plans(trainer, module, sizes)
+    spread, said = spreads(module, sizes)
+    rows, notes = [], dict.fromkeys([*refused, *said])
     for tensor, plan in plans.items():
         share = copy_module(module)
         share.trainer = trainer
@@ -144,28 +150,32 @@ def describe(trainer: pl.Trainer, module: pl.LightningModule, devices: int) -> s
             cut_module(share, plan, FirstOf(tensor))
         state, note = state_of(share)
         notes |= dict.fromkeys([note] if note else [])
-        legal = [layout for layout in Layout.legal(plan, devices) if layout.tensor == tensor]
+        experts = find_experts(share) if spread else []
+        legal = [layout for layout in Layout.legal(plan, devices, 1, number_of(experts)) if layout.tensor == tensor]
         if plan.apart and any(layout.pipeline > 1 for layout in legal):
             notes |= {f"No layout with pipeline stages: {plan.apart}.": None}
         for layout in (layout for layout in legal if layout.pipeline == 1 or not plan.apart):
-            rows.append(_row(layout, fullest(share, plan, layout, state)))
+            rows.append(_row(layout, fullest(share, plan, layout, state, parameters_of(share, experts))))
     head = ["layout", "parameters", "gradients", "optimizer", "gathered block", "together"]
     shown = plans[min(plans, key=lambda tensor: (tensor == 1, tensor))]
     notes |= {"Bytes are those of the fullest rank. Activations come on top; with --cluster they are counted.": None}
     return "\n".join([str(shown), "", table(head, rows), "", *notes])
 
 
-def fullest(share: pl.LightningModule, plan: ModelPlan, layout: Layout, state: State) -> Memory:
-    """Bytes on the fullest rank; of a pipeline with one stage on each."""
+def fullest(
+    share: pl.LightningModule, plan: ModelPlan, layout: Layout, state: State, experts: Collection[str] = ()
+) -> Memory:
+    """Bytes on the fullest rank; of a pipeline with one stage on each. ``experts``: their parameters, by name."""
+    spread = Spread(experts, layout.expert, layout.data // layout.expert) if layout.expert > 1 else None
     if layout.pipeline == 1:
-        return memory_per_rank(share, find_units(share), layout.data, state)
+        return memory_per_rank(share, find_units(share), layout.data, state, spread=spread)
     on = placed(share, plan, by_cost(plan, layout.pipeline))
     stages = [{name for name, where in on.items() if i in where} for i in range(layout.pipeline)]
-    found = [memory_per_rank(share, find_units(share), layout.data, state, held) for held in stages]
+    found = [memory_per_rank(share, find_units(share), layout.data, state, held, spread) for held in stages]
     return max(found, key=lambda memory: memory.total)
 
 
 def _row(layout: Layout, memory: Memory) -> list[str]:
     sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.gathered, memory.total)
-    stages = f", pipeline={layout.pipeline}" if layout.pipeline > 1 else ""
-    return [f"data={layout.data}, tensor={layout.tensor}{stages}", *map(size, sizes)]
+    more = "".join(f", {n}={getattr(layout, n)}" for n in ("pipeline", "expert") if getattr(layout, n) > 1)
+    return [f"data={layout.data}, tensor={layout.tensor}{more}", *map(size, sizes)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from itertools import product
 
 import lightning.pytorch as pl
 
-from lightning_bharat.commands.shares import proven_plans, share_of
+from lightning_bharat.commands.counted import Cuts
+from lightning_bharat.commands.shares import proven_plans, proven_sequences, share_of, spreads
 from lightning_bharat.commands.table import size, table
 from lightning_bharat.plan.cluster import Cluster
-from lightning_bharat.plan.estimate import Share
+from lightning_bharat.plan.cut_context import ContextCut
 from lightning_bharat.plan.layout import LayoutError
+from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.search import Choice, search
+from lightning_bharat.plan.share import Share
 
 SHOWN = 10
 _HEAD = (
@@ -39,19 +42,19 @@ def best(
     rows: int,
     time: int | None = None,
     accumulates: bool = True,
+    spread: bool = True,
 ) -> tuple[list[Choice], list[str]]:
-    """The best layouts, the fastest first, and remarks; see :func:`planned` and :func:`search`."""
-    sizes = [n for n in range(1, cluster.devices + 1) if cluster.devices % n == 0]
-    inside = [n for n in sizes if cluster.devices_per_node % n == 0]
-    shares, notes = _shares(trainer, module, inside, time)
+    """The best layouts, the fastest first, and remarks; see :func:`planned` and :func:`search`. ``spread``: whether
+    context and expert ranks are tried."""
+    known = Shares(trainer, module, cluster, time, spread)
+    shares, notes = known.of(inside=True)
     try:
         found = search(shares, cluster, rows, accumulates)
     except LayoutError:
-        beyond = [n for n in sizes if n not in inside]
-        more, said = _shares(trainer, module, beyond, time) if beyond else ({}, [])
-        if set(more) <= set(shares):
+        more, notes = known.of(inside=False)
+        if not more:
             raise
-        found, notes = search(shares | more, cluster, rows, accumulates), [*notes, *said]
+        found = search(shares | more, cluster, rows, accumulates)
     return found, notes
 
 
@@ -61,17 +64,41 @@ _MEANING = (
 )
 
 
-def _shares(
-    trainer: pl.Trainer, module: pl.LightningModule, sizes: Iterable[int], time: int | None
-) -> tuple[dict[int, Share], list[str]]:
-    plans, notes = proven_plans(trainer, module, sizes)
-    shares = {}
-    for tensor, plan in plans.items():
-        shares[tensor], note = share_of(trainer, module, plan, tensor, time)
-        notes += [note] if note else []
-        if plan.apart:
-            notes.append(f"No layout with pipeline stages: {plan.apart}.")
-    return shares, notes
+class Shares:
+    """What ranks hold and do, by number of tensor and of context ranks: of one batch, so that they exchange much."""
+
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, cluster: Cluster, time: int | None, spread: bool
+    ) -> None:
+        self.trainer, self.module, self.cluster, self.time, self.spread = trainer, module, cluster, time, spread
+        self._sizes = [n for n in range(1, cluster.devices + 1) if cluster.devices % n == 0]
+        self._experts, self._notes = spreads(module, self._sizes if spread else ())
+        self._plans: dict[int, ModelPlan] = {}
+        self._sequences: dict[int, ContextCut] = {}
+
+    def of(self, inside: bool) -> tuple[dict[tuple[int, int], Share], list[str]]:
+        """Of those that are all on a node, or of the others; and what is to be said about them."""
+        self._prove([n for n in self._sizes if self._on_a_node(n) == inside])
+        shares: dict[tuple[int, int], Share] = {}
+        for tensor, context in product(sorted(self._plans), (1, *self._sequences)):
+            if self.cluster.devices % (tensor * context) == 0 and self._on_a_node(tensor * context) == inside:
+                cuts = Cuts(self._plans[tensor], tensor, context, self._sequences.get(context), self._experts)
+                shares[tensor, context], said = share_of(
+                    self.trainer, self.module, cuts, self.time, shares.get((tensor, 1))
+                )
+                self._notes += said
+        return shares, self._notes
+
+    def _prove(self, sizes: list[int]) -> None:
+        plans, notes = proven_plans(self.trainer, self.module, sizes)
+        sequences, refused = proven_sequences(self.trainer, self.module, sizes if self.spread else (), self.time)
+        self._plans |= plans
+        self._sequences |= sequences
+        apart = [f"No layout with pipeline stages: {plan.apart}." for plan in plans.values() if plan.apart]
+        self._notes += [*notes, *refused, *apart]
+
+    def _on_a_node(self, ranks: int) -> bool:
+        return self.cluster.devices_per_node % ranks == 0
 
 
 def layouts_table(found: list[Choice]) -> str:

@@ -1,4 +1,4 @@
-"""What a tensor rank of a project's module holds and does, for each number of tensor ranks that is proven."""
+"""What a rank of a project's module holds and does, for each number of ranks that is proven for a cut."""
 
 from __future__ import annotations
 
@@ -7,50 +7,103 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_bharat.plan.copies import copy_module
-from lightning_bharat.plan.estimate import Share
+from lightning_bharat.commands.counted import Cuts, counted
+from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.count_work import resized
+from lightning_bharat.plan.cut_context import ContextCut
+from lightning_bharat.plan.experts import check_experts, find_experts
 from lightning_bharat.plan.find import find_plan, structural_plan
+from lightning_bharat.plan.find_context import find_context_cut
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.memory import State, optimizer_state
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.work import CountingPeers, count_work
+from lightning_bharat.plan.observe import Step
+from lightning_bharat.plan.prove_experts import MOST_RANKS, prove_experts
+from lightning_bharat.plan.share import Share
 from lightning_bharat.strategies.dry_step import dry_step, first_batch
-from lightning_bharat.strategies.tensor import cut_module
 
 
 def share_of(
-    trainer: pl.Trainer, module: pl.LightningModule, plan: ModelPlan, tensor: int, time: int | None
-) -> tuple[Share, str]:
-    """What one of ``tensor`` tensor ranks holds and does, cut as the strategy does by itself; and a remark, or "".
+    trainer: pl.Trainer, module: pl.LightningModule, cuts: Cuts, time: int | None, like: Share | None = None
+) -> tuple[Share, list[str]]:
+    """What a rank holds and does, cut as the strategy does by itself; and remarks.
 
     Args:
         time: tokens of a row; ``None``: as in the project's data.
+        like: the share of as many tensor ranks, if there is one.
 
     Raises:
         PlanError: the step can't be counted with such a batch.
     """
-    share, peers, step = copy_module(module), CountingPeers(tensor), dry_step(trainer)
-    share.trainer = trainer
-    if tensor > 1:  # nobody draws random numbers here
-        cut_module(share, replace(plan, random=False), peers, sequence=True, loss=True)
+    notes: list[str] = []
+
+    def state(share: Any) -> State:
+        share.trainer = trainer
+        found, note = state_of(share)
+        notes.extend([note] if note else [])
+        return found
+
+    return counted(module, cuts, _in_precision(trainer), first_batch(trainer), time, state, like), notes
+
+
+def _in_precision(trainer: pl.Trainer) -> Step:
+    """A dry step as the run's: in other types other operations run."""
+    step = dry_step(trainer)
 
     def in_precision(copy: pl.LightningModule, batch: Any) -> Any:
         with trainer.precision_plugin.forward_context():
             return step(copy, batch)
 
-    growth = count_work(share, plan.block_names(share), in_precision, first_batch(trainer), time, peers)
-    state, note = state_of(share)
-    return Share(share, plan, state, growth), note
+    return in_precision
+
+
+def proven_sequences(
+    trainer: pl.Trainer, module: pl.LightningModule, sizes: Iterable[int], time: int | None
+) -> tuple[dict[int, ContextCut], list[str]]:
+    """By number of context ranks, the cut of the sequence proven for it; and in words, which are refused and why.
+
+    Args:
+        time: tokens of a row; ``None``: as in the project's data.
+    """
+    step = _in_precision(trainer)
+    batch = tree_map_only(Tensor, lambda x: torch.zeros_like(x, device="cpu"), resized(first_batch(trainer), 2, time))
+    found: dict[int, ContextCut] = {}
+    refused: dict[str, str] = {}
+    for ranks in sorted(set(sizes) - {1}):
+        try:
+            found[ranks] = find_context_cut(module, step, batch, ranks)
+        except ValueError as error:
+            alike = str(error).replace(f"context_parallel_size={ranks}", "")  # most that can't be cut can't be at all
+            refused.setdefault(alike, f"No layout with context={ranks}: {error}.")
+    return found, list(refused.values())
+
+
+def spreads(module: pl.LightningModule, sizes: Iterable[int]) -> tuple[bool, list[str]]:
+    """Whether the experts of ``module``, if it has any, are proven to compute the same when they are spread over ranks;
+    and if not, why."""
+    found, asked = find_experts(module), set(sizes)
+    ranks = sorted(n for n in asked if n > 1 and all(each.experts % n == 0 for each in found))
+    if not found or not ranks:
+        return False, []
+    try:
+        check_experts(module, ranks[0])
+        for number in {min(n, MOST_RANKS) for n in ranks}:
+            prove_experts(module, found, number)
+    except PlanError as error:
+        return False, [f"No layout with expert ranks: {error}."]
+    return True, []
 
 
 def proven_plans(
     trainer: pl.Trainer, module: pl.LightningModule, sizes: Iterable[int]
 ) -> tuple[dict[int, ModelPlan], list[str]]:
     """By number of tensor ranks, the plan proven for it; and in words, which numbers are refused and why."""
-    step, batch = dry_step(trainer), first_batch(trainer)
+    step, batch = _in_precision(trainer), first_batch(trainer)
     refused: list[str] = []
     try:
         plans = {1: find_plan(module, step, batch, 1)}

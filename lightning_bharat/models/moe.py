@@ -232,7 +232,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x, up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, up, down))
         if not has_kernel(x, up, down):
-            bounds = pairwise((0, *accumulate(load.tolist())))
+            rows = Tensor.tolist(load)  # in a dry run, a fake tensor's own would ask for each number
+            bounds = pairwise((0, *accumulate(rows)))
             each = zip(bounds, up.unbind(), down.unbind(), strict=True)
             return torch.cat([F.linear(_swiglu(F.linear(x[a:b], u)), d) for (a, b), u, d in each])
         ends = load.cumsum(0).int()

@@ -25,6 +25,7 @@ intra_node: {bandwidth: 300 GB/s, latency: 5 us}    # of a device, to those of i
 inter_node: {bandwidth: 100 GB/s, latency: 10 us}   # of a node, all its devices together
 host: {memory: 1 TB, bandwidth: 25 GB/s}            # of a node, and of a device's link to it; left out: no offload
 usable: 0.9                # the share of memory to plan with
+overlap: true              # data ranks exchange while they compute: GPUs do, over gloo they wait
 """
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -76,6 +77,7 @@ class Cluster:
         inter_node: between nodes, for all devices of a node together; ``None`` for a single node.
         host: where parameters, gradients and optimizer states can be offloaded to; ``None``: nowhere.
         usable: the share of ``memory`` to plan with; the rest is for the libraries' own needs and fragments.
+        overlap: data ranks exchange while they compute, as GPUs do; over gloo they wait.
         notes: what was assumed, in words.
 
     Raises:
@@ -91,6 +93,7 @@ class Cluster:
     host: Host | None = None
     efficiency: float = 0.5
     usable: float = 0.9
+    overlap: bool = True
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -129,11 +132,31 @@ class Cluster:
         A ring through several nodes leaves each of them once; as many rings as ranks of other groups are on a node
         share its link.
         """
-        here = max(1, min(ranks, self.devices_per_node // stride))  # of the group, on a node
+        here = self._here(ranks, stride)
         if here == ranks or self.inter_node is None:
             return self.intra_node
         share = self.inter_node.bandwidth * here / self.devices_per_node
         return Link(min(share, self.intra_node.bandwidth), max(self.inter_node.latency, self.intra_node.latency))
+
+    def _here(self, ranks: int, stride: int) -> int:
+        """How many of a group are on a node."""
+        return max(1, min(ranks, self.devices_per_node // stride))
+
+    def all_to_all(self, ranks: int, stride: int, bytes: float, messages: float = 1) -> float:
+        """Seconds in which each of ``ranks`` ranks, ``stride`` apart, sends each of them an equal part of ``bytes``, in
+        ``messages`` goes, while all other ranks of the cluster do the same.
+
+        What stays on a node and what leaves it goes at the same time, and to all at once; all devices of a node leave
+        it over one link.
+        """
+        if ranks == 1:
+            return 0.0
+        here, part = self._here(ranks, stride), bytes / ranks
+        inside = (here - 1) * part / self.intra_node.bandwidth
+        if here == ranks or self.inter_node is None:
+            return messages * self.intra_node.latency + inside
+        outside = (ranks - here) * part * self.devices_per_node / self.inter_node.bandwidth
+        return messages * max(self.intra_node.latency, self.inter_node.latency) + max(inside, outside)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Cluster:
@@ -224,6 +247,12 @@ def _share(value: Any) -> float:
     return float(value)
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r}: write true or false")
+    return value
+
+
 def _memory(value: Any) -> int:
     """Of the smallest device, if they differ: ranks hold alike."""
     values = value if isinstance(value, list) else [value]
@@ -254,6 +283,7 @@ _ENTRIES: dict[str, Callable[[Any], Any]] = {
     "host": _host,
     "efficiency": _share,
     "usable": _share,
+    "overlap": _truth,
 }
 
 
@@ -319,7 +349,7 @@ def _cores() -> Cluster:
     finally:
         torch.set_num_threads(threads)
     notes = ("FLOP/s are those of products of float32 matrices on one core, so efficiency is 1.", _LATENCY.format(100))
-    return Cluster(1, cores, memory, flops, Link(bandwidth, 100e-6), efficiency=1.0, notes=notes)
+    return Cluster(1, cores, memory, flops, Link(bandwidth, 100e-6), efficiency=1.0, overlap=False, notes=notes)
 
 
 _LATENCY = "The latency of a message is taken for {} µs; write a cluster file to say another."

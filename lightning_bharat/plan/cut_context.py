@@ -248,7 +248,12 @@ def _words(path: str) -> str:
 
 
 def cut_context(
-    module: nn.Module, cut: ContextCut, peers: Peers, stages: Sequence[range] = (), split_backward: bool = False
+    module: nn.Module,
+    cut: ContextCut,
+    peers: Peers,
+    stages: Sequence[range] = (),
+    split_backward: bool = False,
+    compared: bool = True,
 ) -> ContextFlow:
     """Divide the sequence in the blocks of ``module``, in place, over ``peers``; other cuts of blocks come before.
 
@@ -258,10 +263,11 @@ def cut_context(
         peers: the context ranks.
         stages: the blocks of each pipeline stage, between which the sequence is whole.
         split_backward: whether a schedule computes gradients of weights apart from those of hidden states.
+        compared: blocks of each kind are compared with the whole when they first run.
     """
     flow, names = ContextFlow(peers, cut, split_backward), block_names(module)
     stages = stages or [range(len(names))]
-    met: dict[str, set[frozenset[str]]] = {kind: set() for kind in cut.kinds}
+    met: dict[str, set[frozenset[str]] | None] = {kind: set() if compared else None for kind in cut.kinds}
     firsts, lasts = {stage.start for stage in stages}, {stage.stop - 1 for stage in stages}
     for i, (name, kind) in enumerate(zip(names, cut.kinds, strict=True)):
         divide_block(module.get_submodule(name), kind, flow, Place(name, i in firsts, i in lasts), met[kind])

@@ -244,7 +244,8 @@ class CutExperts(nn.Module):
         even = [here] * routes.size
         loads = routes.depart(load, even, even)().view(routes.size, here)  # what each rank has for each expert here
         # The only wait of the host: NCCL and gloo take the sizes of an all-to-all from it.
-        sent, received = torch.stack((load.view(loads.shape).sum(1), loads.sum(1))).tolist()
+        # (In a dry run, a fake tensor's own tolist would ask for each number.)
+        sent, received = Tensor.tolist(torch.stack((load.view(loads.shape).sum(1), loads.sum(1))))
         rows = hidden[order // top_k_index.shape[1]]
         came, beside = _Trip(routes, received, sent, self.losses).take(rows, plus)
         back, _ = _Trip(routes, sent, received, 1 / self.losses).take(self._compute(came, loads))
@@ -255,8 +256,9 @@ class CutExperts(nn.Module):
     def _compute(self, rows: Tensor, loads: Tensor) -> Tensor:
         """The module's own experts of ``rows``, which lie by rank and, of each rank, by expert."""
         ranks, here = loads.shape
-        expert = torch.arange(here, device=rows.device).repeat(ranks).repeat_interleave(loads.flatten())
         number = len(rows)
+        every = torch.arange(here, device=rows.device).repeat(ranks)
+        expert = every.repeat_interleave(loads.flatten(), output_size=number)  # a known size waits for no device
         if not number:
             # A row of zeros, of which nothing is used: the gradient of experts without tokens is then zero, not
             # missing, and data ranks find the same ones to average.

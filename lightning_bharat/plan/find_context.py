@@ -80,6 +80,8 @@ def _observed(long: Observation, short: Observation | None, seen: Observation, b
     for kind in dict.fromkeys(long.kinds):
         shapes = [_tensors(of.calls[kind]) for of in (long, short) if of is not None]
         axes[kind] = {path: _axis([s[path].shape for s in shapes if path in s], lengths) for path in shapes[0]}
+        if hidden in axes[kind]:  # also where it is as wide as it is long
+            axes[kind][hidden] = SEQUENCE_DIM
     first = next(iter(seen.attention.values()), None)
     heads = (first.heads, first.kv_heads) if first else ()
     return ContextCut(hidden, seen.kinds, axes, heads, seen.random)

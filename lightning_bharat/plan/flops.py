@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_flop_count
 
 
 class FlopCounter(TorchDispatchMode):
@@ -27,6 +27,8 @@ class FlopCounter(TorchDispatchMode):
         operator = func.overloadpacket
         if operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # which the registry lacks
             self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif operator is torch.ops.aten._grouped_mm and args[0].ndim == 2 and args[1].ndim == 3:  # and this one
+            self.total += mm_flop(args[0].shape, args[1].shape[1:])
         elif operator in flop_registry:
             self.total += flop_registry[operator](*args, **(kwargs or {}), out_val=out)
         return out

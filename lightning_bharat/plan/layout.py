@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from lightning_bharat.plan.cluster import Cluster
-    from lightning_bharat.plan.estimate import Share
     from lightning_bharat.plan.model_plan import ModelPlan
+    from lightning_bharat.plan.share import Share
 
 # From the outermost to the innermost: tensor ranks are neighbours on a host, where links are fast.
 AXES = ("pipeline", "data", "context", "tensor")
@@ -178,27 +178,34 @@ class Layout:
             )
 
     @classmethod
-    def legal(cls, plan: ModelPlan, devices: int) -> list[Layout]:
-        """All data × tensor × pipeline layouts of ``devices`` ranks that :meth:`check` accepts."""
+    def legal(cls, plan: ModelPlan, devices: int, context: int = 1, experts: int = 1) -> list[Layout]:
+        """All layouts of ``devices`` ranks that :meth:`check` accepts, with ``context`` context ranks.
+
+        Args:
+            plan: of the model.
+            devices: ranks.
+            context: context ranks.
+            experts: how many there are: each number of expert ranks divides it.
+        """
         found = []
         for data, tensor, pipeline in product(_divisors(devices), repeat=3):
-            if data * tensor * pipeline != devices:
+            if data * tensor * pipeline * context != devices:
                 continue
-            layout = cls(data=data, tensor=tensor, pipeline=pipeline)
+            layout = cls(data=data, tensor=tensor, pipeline=pipeline, context=context)
             try:
                 layout.check(plan)
             except LayoutError:
                 continue
-            found.append(layout)
+            found += [replace(layout, expert=n) for n in _divisors(gcd(data * context, experts))]
         return found
 
     @classmethod
-    def best(cls, shares: Mapping[int, Share], cluster: Cluster, rows: int) -> Layout:
+    def best(cls, shares: Mapping[tuple[int, int], Share], cluster: Cluster, rows: int) -> Layout:
         """The layout whose step is estimated to be the fastest of those that fit ``cluster``; see
         :func:`~lightning_bharat.plan.search.search`, which also gives its setting, bytes and seconds.
 
         Args:
-            shares: by number of tensor ranks, what one of them holds and does.
+            shares: by number of tensor and of context ranks, what one of them holds and does.
             rows: of a batch, over all data ranks.
 
         Raises:

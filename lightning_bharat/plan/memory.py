@@ -45,28 +45,61 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.gathered
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Experts over expert ranks, and those of one over the ranks that have the same.
+
+    Attributes:
+        names: of their parameters.
+        ranks: expert ranks.
+        copies: ranks that have the same experts, and divide them.
+    """
+
+    names: Collection[str]
+    ranks: int
+    copies: int
+
+
 def memory_per_rank(
-    module: nn.Module, blocks: Iterable[str], shards: int, state: State, held: Collection[str] | None = None
+    module: nn.Module,
+    blocks: Iterable[str],
+    shards: int,
+    state: State,
+    held: Collection[str] | None = None,
+    spread: Spread | None = None,
 ) -> Memory:
     """Bytes on the fullest of ``shards`` data ranks.
 
     Args:
-        module: as one tensor rank holds it (``cut_module`` with :class:`FirstOf`), on ``meta`` or not.
+        module: as one tensor rank holds it (``cut_module`` with :class:`FirstOf`), with all experts, on ``meta`` or
+            not.
         blocks: names of the blocks, each of which FSDP2 gathers by itself.
         shards: data ranks that share each parameter: ``layout.data // layout.replicate``.
         state: what the optimizers keep for each parameter, from :func:`optimizer_state`.
         held: names of the parameters of a pipeline stage, which are gathered together; ``None``: all.
+        spread: of its experts, if they are.
     """
-    names = tuple(blocks)
-    parameters = [p for name, p in module.named_parameters() if held is None or name in held]
-    gathered = _gathered(module, names) if held is None else sum(p.numel() * p.itemsize for p in parameters)
-    return together((of_parameter(p, shards, state) for p in parameters), gathered if shards > 1 else 0)
+    found = {name: p for name, p in module.named_parameters() if held is None or name in held}
+    whole: dict[Tensor, int] = {p: whole_bytes(name, p, spread) for name, p in found.items()}
+    if held is None and spread and spread.copies == 1:  # nobody else has them: they stay out of FSDP2
+        whole |= {p: 0 for name, p in found.items() if name in spread.names}
+    gathered = _gathered(module, tuple(blocks), whole) if held is None else sum(whole.values())
+    parts = (of_parameter(name, p, shards, state, spread) for name, p in found.items())
+    return together(parts, gathered if shards > 1 or spread else 0)
 
 
-def of_parameter(parameter: Tensor, shards: int, state: State) -> Memory:
+def whole_bytes(name: str, parameter: Tensor, spread: Spread | None = None) -> int:
+    """Bytes of a parameter that is whole over data ranks; of a rank's own experts."""
+    return parameter.numel() * parameter.itemsize // (spread.ranks if spread and name in spread.names else 1)
+
+
+def of_parameter(name: str, parameter: Tensor, shards: int, state: State, spread: Spread | None = None) -> Memory:
     """Bytes of one parameter on the fullest of ``shards`` data ranks."""
-    own = _on_fullest(parameter, parameter.shape, shards)
-    kept = sum(_on_fullest(t, parameter.shape, shards) for t in state.get(parameter, ()))
+    ranks = 1
+    if spread and name in spread.names:
+        ranks, shards = spread.ranks, spread.copies
+    own = _on_fullest(parameter, parameter.shape, shards, ranks)
+    kept = sum(_on_fullest(t, parameter.shape, shards, ranks) for t in state.get(parameter, ()))
     return Memory(own, own if parameter.requires_grad else 0, kept, 0)
 
 
@@ -101,16 +134,16 @@ def optimizer_state(optimizers: Iterable[Optimizer]) -> State:
     return found
 
 
-def _on_fullest(tensor: Tensor, whole: torch.Size, shards: int) -> int:
+def _on_fullest(tensor: Tensor, whole: torch.Size, shards: int, ranks: int = 1) -> int:
     """Bytes of ``tensor`` on the first data rank: cut along dimension 0 where it is shaped as the parameter is."""
     if tensor.shape != whole or not tensor.ndim:
         return tensor.numel() * tensor.itemsize
-    rows = -(-tensor.shape[0] // shards)  # as torch.chunk: the first ranks hold most
+    rows = -(-tensor.shape[0] // ranks // shards)  # as torch.chunk: the first ranks hold most
     return rows * prod(tensor.shape[1:]) * tensor.itemsize
 
 
-def _gathered(module: nn.Module, blocks: Sequence[str]) -> int:
-    in_blocks = [{p: p.numel() * p.itemsize for p in module.get_submodule(name).parameters()} for name in blocks]
-    inside = {p for sizes in in_blocks for p in sizes}
-    outside = sum(p.numel() * p.itemsize for p in module.parameters() if p not in inside)
-    return outside + max((sum(sizes.values()) for sizes in in_blocks), default=0)
+def _gathered(module: nn.Module, blocks: Sequence[str], whole: Mapping[Tensor, int]) -> int:
+    in_blocks = [set(module.get_submodule(name).parameters()) for name in blocks]
+    inside = set().union(*in_blocks)
+    outside = sum(size for p, size in whole.items() if p not in inside)
+    return outside + max((sum(whole[p] for p in block) for block in in_blocks), default=0)

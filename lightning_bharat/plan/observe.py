@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bharat.plan.alone import Alone
+from lightning_bharat.plan.answers import VALUES, Answers
 from lightning_bharat.plan.blocks import UNCUT, PlanError, block_list, block_names, kinds_of
 from lightning_bharat.plan.copies import copy_around_tensors, copy_module
 from lightning_bharat.plan.exchange import OnePeer
@@ -106,14 +107,19 @@ class Observation:
         return tuple(dict.fromkeys(self.order[last:]))
 
 
-def fake_copy(module: nn.Module, mode: FakeMode) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers are fake tensors on the CPU; no data is copied."""
+def fake_copy(module: nn.Module, mode: FakeMode, alike: Iterable[tuple[nn.Module, nn.Module]] = ()) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are fake tensors on the CPU; no data is copied. Of each two
+    modules ``alike`` that have parameters of their own, the first gets those of the second."""
     memo: dict[int, Any] = {}
+    same = {id(p): q for one, other in alike for p, q in zip(one.parameters(), other.parameters(), strict=True)}
     with mode:
         for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) in same:
+                continue
             blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
+    memo |= {name: memo[id(q)] for name, q in same.items()}
     return copy_module(module, memo)
 
 
@@ -208,27 +214,16 @@ def _not_run(blocks: str | None, missing: str) -> str:
     )
 
 
-class Answers(TorchFunctionMode):
-    """Answers questions for values, which a fake tensor can't."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _VALUES and args and isinstance(args[0], Tensor):
-            return _VALUES[name](*args)
-        return func(*args, **(kwargs or {}))
-
-
 class _Watch(Answers):
     """Follows which module runs and what it reads, as well."""
 
     def __init__(self, seen: Observation) -> None:
-        super().__init__()
+        super().__init__(seen.shell)
         self.seen, self.stack = seen, [""]
         self.owners: dict[int, set[str]] = {}
         self.names: dict[int, str] = {}
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.given: dict[int, tuple[Any, Any]] = {}  # by id, with its copy; the original is kept so that ids stay
-        self.handles: list[Any] = []
         self.inside: int | None = None
         self.entered: Tensor | None = None
         self.counter, self.counted = FlopCounter(), [0] * (len(seen.names) + 1)
@@ -246,10 +241,6 @@ class _Watch(Answers):
                 module.register_forward_pre_hook(self._entering(name, module, blocks.get(name)), with_kwargs=True),
                 module.register_forward_hook(self._leaving(name, blocks.get(name)), always_call=False),
             ]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def _entering(self, name: str, module: nn.Module, block: int | None) -> Callable:
         inside = any(name.startswith(f"{b}.") for b in self.seen.names)
@@ -345,7 +336,7 @@ class _Watch(Answers):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(func, "__name__", "")
         kwargs = kwargs or {}
-        if name in _VALUES and args and isinstance(args[0], Tensor):
+        if name in VALUES and args and isinstance(args[0], Tensor):
             self._looked_at(args[0])
             return super().__torch_function__(func, types, args, kwargs)
         if name not in ("__get__", "__set__") and func not in _QUESTIONS:
@@ -384,26 +375,6 @@ def _same(tensor: Tensor) -> Tensor:
 
 _RANDOM = {F.dropout, torch.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, torch.bernoulli, Tensor.bernoulli_}
 _QUESTIONS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.requires_grad_}
-
-
-def _one(x: Tensor, *_: Any) -> Any:
-    return 1.0 if x.is_floating_point() else True if x.dtype == torch.bool else 1
-
-
-def _ones(shape: torch.Size) -> Any:
-    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1
-
-
-# A person's step may look at values ("log(loss.item())"): in the dry run each is a one.
-_VALUES: dict[str, Callable] = {
-    "item": _one,
-    "__bool__": lambda x: True,
-    "__int__": lambda x: 1,
-    "__index__": lambda x: 1,
-    "__float__": lambda x: 1.0,
-    "__format__": lambda x, spec="": format(_one(x), spec),
-    "tolist": lambda x: _ones(x.shape),
-}
 
 
 def _shorten(batch: Any, multiple: int) -> Any:

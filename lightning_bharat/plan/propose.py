@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_bharat.plan.alone import Alone
+from lightning_bharat.plan.answers import Answers
 from lightning_bharat.plan.blocks import PlanError
 from lightning_bharat.plan.model_plan import Column, Cut
-from lightning_bharat.plan.observe import Answers, Attention, Call, Observation
+from lightning_bharat.plan.observe import Attention, Call, Observation
 from lightning_bharat.plan.slicing import features, is_cuttable
 
 # Hugging Face's strings (transformers, `base_model_tp_plan`) and what they say of a module.

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_bharat.plan.cluster import Cluster
-from lightning_bharat.plan.estimate import Bytes, Estimate, Seconds, Setting, Share
+from lightning_bharat.plan.estimate import Estimate
 from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.plan.schedules import NONE, SCHEDULES, Schedule
+from lightning_bharat.plan.share import Bytes, Seconds, Setting, Share
 from lightning_bharat.plan.work import MODES
 
 REMEDIES = tuple((recompute, offload) for offload in (False, True) for recompute in MODES)
@@ -28,13 +29,15 @@ class Choice:
         return self.setting.layout
 
 
-def search(shares: Mapping[int, Share], cluster: Cluster, rows: int, accumulates: bool = True) -> list[Choice]:
+def search(
+    shares: Mapping[tuple[int, int], Share], cluster: Cluster, rows: int, accumulates: bool = True
+) -> list[Choice]:
     """The best setting of each legal layout that fits, the fastest first.
 
     Tensor ranks stay inside a node wherever anything fits so; among equally fast ones the leanest is first.
 
     Args:
-        shares: by number of tensor ranks.
+        shares: by number of tensor and of context ranks.
         cluster: to be filled.
         rows: of a batch, over all data ranks.
         accumulates: whether a batch may be taken in several parts, one after another, without a pipeline as well.
@@ -43,24 +46,26 @@ def search(shares: Mapping[int, Share], cluster: Cluster, rows: int, accumulates
         LayoutError: no layout is legal, or none fits; says what the leanest one would need.
     """
     best: dict[Layout, Choice] = {}
-    leanest: Choice | None = None
-    for tensor, share in sorted(shares.items()):
+    leanest: tuple[Setting, Bytes] | None = None
+    for (tensor, context), share in sorted(shares.items()):
         estimate = Estimate(share, cluster)
-        for setting in settings(share, cluster, tensor, rows, accumulates):
-            found = _lightest(estimate, setting)
-            if not fits(found.bytes, cluster):
-                leanest = min(filter(None, (leanest, found)), key=lambda choice: choice.bytes.total)
-                continue
-            known = best.get(found.layout)
-            best[found.layout] = min(filter(None, (known, found)), key=_rank)
+        for setting in settings(share, cluster, tensor, context, rows, accumulates):
+            tried = list(_tried(estimate, setting))
+            found = [Choice(made, b, estimate.seconds(made)) for made, b in tried if fits(b, cluster)]
+            if found:
+                best[setting.layout] = min([*found, *filter(None, [best.get(setting.layout)])], key=_rank)
+            elif tried:
+                leanest = min([*tried, *filter(None, [leanest])], key=lambda made: made[1].total)
     if not best:
         raise LayoutError(_nothing(cluster, rows, leanest))
     return sorted(best.values(), key=lambda choice: (not _inside(choice.layout, cluster), _rank(choice)))
 
 
-def settings(share: Share, cluster: Cluster, tensor: int, rows: int, accumulates: bool = True) -> Iterator[Setting]:
-    """Every legal layout, number of micro-batches and schedule, of a number of tensor ranks."""
-    for layout in layouts(share, cluster, tensor):
+def settings(
+    share: Share, cluster: Cluster, tensor: int, context: int, rows: int, accumulates: bool = True
+) -> Iterator[Setting]:
+    """Every legal layout, number of micro-batches and schedule, of a number of tensor and of context ranks."""
+    for layout in layouts(share, cluster, tensor, context):
         if rows % layout.data:
             continue
         of_rank = rows // layout.data
@@ -70,11 +75,12 @@ def settings(share: Share, cluster: Cluster, tensor: int, rows: int, accumulates
                     yield Setting(layout, microbatches, of_rank // microbatches, schedule)
 
 
-def layouts(share: Share, cluster: Cluster, tensor: int) -> Iterator[Layout]:
-    """Every legal layout of a number of tensor ranks; each number of copies of what is divided over data ranks."""
-    for layout in Layout.legal(share.plan, cluster.devices):
+def layouts(share: Share, cluster: Cluster, tensor: int, context: int) -> Iterator[Layout]:
+    """Every legal layout of a number of tensor and of context ranks; each number of copies of what is divided over data
+    ranks, but one with spread experts, which are divided over all of them."""
+    for layout in Layout.legal(share.plan, cluster.devices, context, share.experts):
         if layout.tensor == tensor and not (layout.pipeline > 1 and share.plan.apart):
-            for copies in _divisors(layout.data):
+            for copies in _divisors(layout.data) if layout.expert == 1 else (1,):
                 yield replace(layout, replicate=copies)
 
 
@@ -84,19 +90,22 @@ def fits(bytes: Bytes, cluster: Cluster) -> bool:
     return bytes.total <= cluster.room and bytes.host <= of_host
 
 
-def _lightest(estimate: Estimate, setting: Setting) -> Choice:
-    """As it is where it fits, since whatever saves memory costs time; else with what makes it fit in least time; with
-    the leanest, if nothing does."""
-    tried: list[Choice] = []
+def _tried(estimate: Estimate, setting: Setting) -> Iterator[tuple[Setting, Bytes]]:
+    """The setting as it is, alone where it fits, since whatever saves memory costs time; else with all that may make it
+    fit."""
     for recompute, offload in REMEDIES:
-        if (recompute and not setting.schedule.recomputes) or (offload and estimate.cluster.host is None):
+        if not _may(setting, recompute) or (offload and estimate.cluster.host is None):
             continue
         made = replace(setting, recompute=recompute, offload=offload)
-        tried.append(Choice(made, estimate.bytes(made), estimate.seconds(made)))
-        if made == setting and fits(tried[-1].bytes, estimate.cluster):
-            break
-    good = [choice for choice in tried if fits(choice.bytes, estimate.cluster)]
-    return min(good, key=_rank) if good else min(tried, key=lambda choice: choice.bytes.total)
+        yield made, (bytes := estimate.bytes(made))
+        if made == setting and fits(bytes, estimate.cluster):
+            return
+
+
+def _may(setting: Setting, recompute: str | None) -> bool:
+    if recompute == "selective" and setting.layout.expert > 1:
+        return False  # torch can't choose what to keep of a block in which experts are gathered apart
+    return recompute is None or setting.schedule.recomputes
 
 
 def _schedules(schedule: Schedule, layout: Layout, microbatches: int, depth: int) -> bool:
@@ -111,16 +120,17 @@ def _rank(choice: Choice) -> tuple[float, float]:
     return choice.seconds.total, choice.bytes.total
 
 
-def _nothing(cluster: Cluster, rows: int, leanest: Choice | None) -> str:
+def _nothing(cluster: Cluster, rows: int, leanest: tuple[Setting, Bytes] | None) -> str:
     if leanest is None:
         return (
             f"no layout of the model has {cluster.devices} devices and divides a global batch of {rows} rows; write "
             "another --global_batch_size, or another number of devices"
         )
-    need, host = leanest.bytes.total, leanest.bytes.host
+    setting, bytes = leanest
+    need, host = bytes.total, bytes.host
     beside = f", and {host / 1e9:.3g} GB of its host" if host else ""
     return (
-        f"nothing fits {cluster}: the leanest, {leanest.layout}, needs {need / 1e9:.3g} GB of each device{beside}. "
+        f"nothing fits {cluster}: the leanest, {setting.layout}, needs {need / 1e9:.3g} GB of each device{beside}. "
         "Add devices or memory, or take a smaller batch, sequence or model"
     )
 

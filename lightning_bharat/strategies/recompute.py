@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_bharat.plan.copies import without_cache
-from lightning_bharat.plan.work import EXPENSIVE
+from lightning_bharat.plan.watch import EXPENSIVE
 from lightning_bharat.strategies._torch import version
 
 

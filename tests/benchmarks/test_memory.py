@@ -14,11 +14,16 @@ from lightning_bharat import Layout
 from tests.ranks import run_ranks
 
 # The gradients of a block's two norms, summed over tensor ranks, lie in one storage with a flag of four bytes for each.
-FLAGS = {"tensor=2": 2 * 2 * 4, "tensor=2,pipeline=2": 2 * 4}
+# So do all nine of a block, summed over context ranks.
+FLAGS = {"tensor=2": 2 * 2 * 4, "tensor=2,pipeline=2": 2 * 4, "context=2": 2 * 9 * 4, "pipeline=2,context=2": 9 * 4}
 
 
 @pytest.mark.parametrize(
-    "layout", ["data=2", "tensor=2", "data=2,tensor=2", "pipeline=2", "data=2,pipeline=2", "tensor=2,pipeline=2"]
+    "layout",
+    [
+        *("data=2", "tensor=2", "data=2,tensor=2", "pipeline=2", "data=2,pipeline=2", "tensor=2,pipeline=2"),
+        *("context=2", "pipeline=2,context=2", "data=2,context=2,expert=4", "data=2,pipeline=2,expert=2"),
+    ],
 )
 def test_measured_bytes_are_the_planned_ones(layout: str) -> None:
     measured, said, ddp = run_ranks(memory.cut, Layout.parse(layout).devices, layout, "tiny", timeout=60)[0]
@@ -26,7 +31,7 @@ def test_measured_bytes_are_the_planned_ones(layout: str) -> None:
     expected = [replace(held, activations=0, gradients=held.gradients + flags) for held in said]
     assert [replace(held, activations=0) for held in measured] == expected
     # A micro-batch's token ids are a part of the batch's, which stays whole.
-    assert [held.activations for held in measured] == pytest.approx([held.activations for held in said], rel=0.04)
+    assert [held.activations for held in measured] == pytest.approx([held.activations for held in said], rel=0.05)
     if layout == "data=2":
         assert ddp == run_ranks(memory.one_process, 1, "tiny")[0]
 

@@ -140,3 +140,48 @@ def test_plans_that_can_not_be(
     assert main(["layout", *project.classes, *words]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+TOKENS = """
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+
+class Tokens(L.LightningDataModule):
+    def train_dataloader(self):
+        ids = torch.arange(16)
+        return DataLoader([{"input_ids": ids, "labels": ids}] * 4, batch_size=2)
+"""
+MIXTURE = """
+model:
+  class_path: lightning_bharat.models.GPTModule
+  init_args:
+    config:
+      vocab_size: 64
+      hidden_size: 32
+      num_hidden_layers: 2
+      num_attention_heads: 3
+      head_dim: 8
+      num_experts: 4
+      moe_intermediate_size: 16
+data: tokens.Tokens
+"""
+
+
+def test_experts_and_context(project: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Three heads: tensor ranks can't divide them, context ranks gather keys and values."""
+    (tmp_path / "tokens.py").write_text(TOKENS)
+    (tmp_path / "mixture.yaml").write_text(MIXTURE)
+    assert main(["layout", "--config=mixture.yaml", "--devices=4"]) == 0
+    said = capsys.readouterr().out
+    sizes = {re.split(r" {2,}", row)[0]: re.split(r" {2,}", row)[1:] for row in said.splitlines() if "data=" in row}
+    pipeline = "data=2, tensor=1, pipeline=2"
+    assert {f"{pipeline}, expert=2", "data=4, tensor=1, expert=2", "data=4, tensor=1, expert=4"} < set(sizes)
+    assert f"{pipeline}, expert=4" not in sizes  # experts lie on data ranks
+    assert sizes["data=4, tensor=1, expert=4"][0] == sizes["data=4, tensor=1"][0] < sizes["data=4, tensor=1"][3]
+    (tmp_path / "cluster.yaml").write_text(CLUSTER.replace("nodes: 2", "nodes: 1"))
+    words = ["layout", "--config=mixture.yaml", "--cluster=cluster.yaml", "--global_batch_size=2"]
+    assert main([*words, "--sequence_length=20"]) == 0
+    found = capsys.readouterr().out
+    assert "\ndata=2, expert=2 " in found and "\ncontext=2, expert=2 " in found

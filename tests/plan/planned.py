@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bharat.commands.counted import Cuts, counted
 from lightning_bharat.models import GPT, GPTConfig
-from lightning_bharat.plan.estimate import Share
 from lightning_bharat.plan.find import find_plan
-from lightning_bharat.plan.memory import optimizer_state
-from lightning_bharat.plan.work import CountingPeers, count_work
-from lightning_bharat.strategies.tensor import cut_module
+from lightning_bharat.plan.find_context import find_context_cut
+from lightning_bharat.plan.memory import State, optimizer_state
+from lightning_bharat.plan.share import Share
 
 
 class Block(nn.Module):
@@ -55,14 +55,26 @@ def decoder(depth: int = 8) -> nn.Module:
         return GPT(GPTConfig(vocab_size=96, num_hidden_layers=depth, **sizes))
 
 
-def shares(*tensor: int, depth: int = 8, time: int = 16) -> dict[int, Share]:
-    """Of the decoder, with AdamW."""
-    found, batch = {}, torch.zeros(2, time, dtype=torch.long)
-    for size in tensor:
-        module = decoder(depth)
-        plan, peers = find_plan(module, of_decoder, batch, size), CountingPeers(size)
-        if size > 1:
-            cut_module(module, replace(plan, random=False), peers, sequence=True, loss=True)
-        growth = count_work(module, plan.block_names(module), of_decoder, batch, None, peers)
-        found[size] = Share(module, plan, optimizer_state([torch.optim.AdamW(module.parameters())]), growth)
-    return found
+def mixture(depth: int = 8) -> nn.Module:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 32}
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=96, num_hidden_layers=depth, num_experts=8, **sizes))
+
+
+def of_adamw(module: nn.Module) -> State:
+    return optimizer_state([torch.optim.AdamW(module.parameters())])
+
+
+def share(
+    tensor: int = 1, context: int = 1, depth: int = 8, time: int = 16, make: Callable[[int], nn.Module] = decoder
+) -> Share:
+    """Of a decoder, with AdamW."""
+    module, batch = make(depth), torch.zeros(2, time, dtype=torch.long)
+    sequence = find_context_cut(module, of_decoder, batch, context) if context > 1 else None
+    cuts = Cuts(find_plan(module, of_decoder, batch, tensor), tensor, context, sequence, make is mixture)
+    return counted(module, cuts, of_decoder, batch, None, of_adamw)
+
+
+def shares(*tensor: int, contexts: Sequence[int] = (1,), **options: Any) -> dict[tuple[int, int], Share]:
+    """By number of tensor and of context ranks."""
+    return {(size, context): share(size, context, **options) for size in tensor for context in contexts}

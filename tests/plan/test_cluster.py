@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_bharat.plan import cluster as room
 from lightning_bharat.plan.cluster import EXAMPLE, Cluster, ClusterError, Host, Link, number
@@ -74,6 +75,7 @@ def test_quantities(text: object, kind: str, value: float) -> None:
         ("flops: fast", "flops='fast'"),
         ("efficiency: 1.5", "efficiency=1.5: write a share above 0, up to 1"),
         ("usable: 90 %", "usable='90 %': write a share such as 0.5"),
+        ("overlap: 1", "overlap=1: write true or false"),
         ("gpus: 8", "'gpus' is not known; write some of nodes, devices_per_node"),
         ("intra_node: 300 GB/s", "intra_node='300 GB/s': write {bandwidth: ..., latency: ...}"),
         ("intra_node: {bandwidth: 1 GB/s}", "intra_node: latency is missing"),
@@ -127,8 +129,18 @@ def test_links_are_those_of_the_slowest_hop() -> None:
     assert replace(two, intra_node=Link(1.0, 1.0)).link(8, 1) == Link(1.0, 3.0)
 
 
+def test_all_to_all_takes_what_leaves_the_node() -> None:
+    two = Cluster(2, 4, 1, 1.0, Link(10.0, 1.0), Link(8.0, 3.0))
+    assert two.all_to_all(1, 1, 40.0) == 0
+    assert two.all_to_all(4, 1, 40.0, messages=2) == 2 * 1 + 3 * 10 / 10  # to three others of the node
+    assert two.all_to_all(8, 1, 80.0) == 3 + 4 * 10 / (8 / 4)  # to four behind the link of four devices
+    assert two.all_to_all(2, 4, 80.0) == 3 + 40 / (8 / 4)
+    assert replace(two, intra_node=Link(1.0, 1.0)).all_to_all(8, 1, 80.0) == 3 + 3 * 10 / 1
+
+
 def test_this_machine_is_one_node() -> None:
     found = Cluster.detect()
     assert found.nodes == 1 and found.devices >= 1 and found.host is None
+    assert found.overlap == torch.cuda.is_available()
     assert found.memory > 2**20 and found.flops > 1e6 and found.intra_node.bandwidth > 1e6
     assert any("FLOP/s" in note for note in found.notes)

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_bharat.models import GPT, GPTConfig
-from lightning_bharat.plan import work
+from lightning_bharat.plan import count_work as room
 from lightning_bharat.plan.blocks import PlanError
+from lightning_bharat.plan.count_work import count_work, resized
 from lightning_bharat.plan.find import find_plan
-from lightning_bharat.plan.work import MODES, CountingPeers, count_work, resized
+from lightning_bharat.plan.moved import Counters, CountingPeers, Moved
+from lightning_bharat.plan.work import MODES
 from lightning_bharat.strategies.recompute import recompute
 from lightning_bharat.strategies.tensor import cut_module
-from tests.plan.planned import Block, Stack, decoder, of_decoder, of_stack
+from tests.plan.planned import Block, Stack, decoder, mixture, of_decoder, of_stack, share
 
 ALL = range(4)  # before, two blocks, after
 
@@ -78,16 +80,16 @@ def test_bytes_grow_with_rows_and_length() -> None:
 @pytest.mark.parametrize("sequence", [False, True])
 def test_exchanges_of_tensor_ranks(sequence: bool) -> None:
     module, batch = decoder(2), torch.zeros(2, 16, dtype=torch.long)
-    plan, peers = find_plan(module, of_decoder, batch, 2), CountingPeers(2)
-    cut_module(module, replace(plan, random=False), peers, sequence=sequence, loss=True)
+    plan, peers = find_plan(module, of_decoder, batch, 2), Counters(CountingPeers(2))
+    cut_module(module, replace(plan, random=False), peers.tensor, sequence=sequence, loss=True)
     work = count_work(module, ("layers.0", "layers.1"), of_decoder, batch, None, peers).at(3)
-    hidden, block = 3 * 16 * 64 * 4, work.parts[1]
+    hidden, block = 3 * 16 * 64 * 4, work.parts[1].tensor
     # Megatron-LM: two all-reduces in a block; with a divided sequence two gathers and two scatters.
     if sequence:
         assert (block.summed, block.gathered, block.times) == (0, 4 * hidden, 4)
     else:
         assert (block.summed, block.gathered, block.times) == (2 * hidden, 0, 4)
-    assert work.parts[0].summed == hidden  # of the divided embedding
+    assert work.parts[0].tensor.summed == hidden  # of the divided embedding
     assert work.hidden == hidden
 
 
@@ -95,14 +97,29 @@ def test_tensor_ranks_divide_work_and_activations() -> None:
     batch = torch.zeros(2, 16, dtype=torch.long)
     works = []
     for tensor in (1, 2):
-        module, peers = decoder(2), CountingPeers(tensor)
+        module, peers = decoder(2), Counters(CountingPeers(tensor))
         plan = find_plan(module, of_decoder, batch, 2)
         if tensor > 1:
-            cut_module(module, replace(plan, random=False), peers, sequence=True, loss=True)
+            cut_module(module, replace(plan, random=False), peers.tensor, sequence=True, loss=True)
         works.append(count_work(module, ("layers.0", "layers.1"), of_decoder, batch, None, peers).at(2))
     whole, half = works
     assert half.parts[1].flops == whole.parts[1].flops / 2
     assert half.kept_bytes(range(1, 3), None) < 0.6 * whole.kept_bytes(range(1, 3), None)
+
+
+def test_experts_have_as_many_tokens_each() -> None:
+    found = share(depth=2, make=mixture)
+    whole, spread = found.growth.at(3), found.spread.at(3)  # type: ignore[union-attr]
+    tokens, chosen, width, inner = 3 * 16, 2, 64, 32
+    attention, router = tokens * 2 * 4 * width * width + 3 * 4 * 16 * 16 * width, tokens * 2 * width * 8
+    of_experts = tokens * chosen * 2 * 3 * width * inner
+    assert whole.parts[1].flops == spread.parts[1].flops == attention + router + of_experts
+    there, loads = tokens * chosen * width * 4, 8 * 8
+    assert spread.parts[1].expert == Moved(swapped=2 * there + loads, swaps=3)
+    assert whole.parts[1].expert == Moved()
+    assert found.plan.costs[1] == 2 / 3 * whole.parts[1].flops  # by which stages are cut: of two rows
+    # What came lies on the rank beside what it was made of.
+    assert 0 < spread.kept_bytes(range(1, 2), None) - whole.kept_bytes(range(1, 2), None) < 0.1 * there
 
 
 def attention_maps(depth: int) -> nn.Module:
@@ -132,25 +149,25 @@ def attention_maps(depth: int) -> nn.Module:
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_like_blocks_that_do_not_run_count_as_those_that_do(mode: str | None, tensor: int) -> None:
     batch = torch.zeros(2, 16, dtype=torch.long)
-    module, names, peers = decoder(7), tuple(f"layers.{i}" for i in range(7)), CountingPeers(tensor)
+    module, names, peers = decoder(7), tuple(f"layers.{i}" for i in range(7)), Counters(CountingPeers(tensor))
     if tensor > 1:
         plan = find_plan(module, of_decoder, batch, tensor)
-        cut_module(module, replace(plan, random=False), peers, sequence=True, loss=True)
+        cut_module(module, replace(plan, random=False), peers.tensor, sequence=True, loss=True)
     rows = resized(batch, 2)
-    skipped = work._skipped(module, names)
+    skipped = room._skipped(module, names)
     assert skipped
-    every = work._run(module, names, of_decoder, rows, peers, {})
-    some = work._filled(work._run(module, names, of_decoder, rows, peers, skipped), skipped)
+    every = room._run(module, names, of_decoder, rows, peers, {})
+    some = room._filled(room._run(module, names, of_decoder, rows, peers, skipped), skipped)
     assert some is not None
     assert (some.parts, some.kept[mode], some.hidden) == (every.parts, every.kept[mode], every.hidden)
 
 
 def test_blocks_that_share_what_they_keep_all_run() -> None:
     model, names, batch = attention_maps(7), tuple(f"blocks.{i}" for i in range(7)), resized(torch.zeros(5, 3), 2)
-    skipped = work._skipped(model, names)
-    assert work._filled(work._run(model, names, of_stack, batch, CountingPeers(1), skipped), skipped) is None
-    found = work._count(model, names, of_stack, batch, CountingPeers(1))
-    assert found == work._run(model, names, of_stack, batch, CountingPeers(1), {})
+    skipped = room._skipped(model, names)
+    assert room._filled(room._run(model, names, of_stack, batch, Counters(), skipped), skipped) is None
+    found = room._count(model, names, of_stack, batch, Counters())
+    assert found == room._run(model, names, of_stack, batch, Counters(), {})
 
 
 def test_batches_are_resized_by_their_shapes() -> None:
