@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -37,15 +36,16 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
         if not isinstance(self.gate, ExpertChoice):
-            return self.experts(tokens, *self.gate(tokens), self._shared(tokens)).view_as(x)
+            return self.experts(tokens, *self.gate(tokens), self._shared(x)).view_as(x)
         taken, by, weights = self.gate(x)
         each = self.experts(tokens[taken], by[:, None], weights[:, None])
         out = torch.zeros_like(tokens).index_add(0, taken, each)
-        shared = self._shared(tokens)
+        shared = self._shared(x)
         return (out if shared is None else out + shared()).view_as(x)
 
-    def _shared(self, tokens: Tensor) -> Callable[[], Tensor] | None:
-        return None if self.shared_experts is None else partial(self.shared_experts, tokens)
+    def _shared(self, x: Tensor) -> Callable[[], Tensor] | None:
+        shared = self.shared_experts
+        return None if shared is None else lambda: shared(x).flatten(0, -2)
 
 
 @dataclass

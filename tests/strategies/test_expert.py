@@ -17,7 +17,7 @@ from tests.modules import Result, Trained, assert_equal, fit
 from tests.ranks import RanksFailed, run_ranks
 
 WINDOW = {"steps": 3, "gradient_clip_val": 0.3, "accumulate_grad_batches": 2}
-EXPERT = {"expert_parallel_size": 2}
+EXPERT, TENSOR = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2}
 
 
 def _fits(cases: list[tuple[str, dict[str, Any] | None]]) -> list[Result]:
@@ -78,8 +78,13 @@ def test_with_tensor_ranks_and_with_pipeline_stages() -> None:
     assert "Layout(data=2, pipeline=2, expert=2)" in found[1].explain
 
 
+def test_tensor_ranks_divide_the_sequence_around_shared_experts() -> None:
+    (found,) = compare(2, ("own", TENSOR))
+    assert "sequence_parallel: used, proven" in found.explain
+
+
 def test_experts_that_choose_their_tokens() -> None:
-    compare(2, *(("expert choice", strategy) for strategy in ({}, EXPERT, {"tensor_parallel_size": 2})))
+    compare(2, *(("expert choice", strategy) for strategy in ({}, EXPERT, TENSOR)))
     compare(4, ("expert choice", STAGED))
 
 
