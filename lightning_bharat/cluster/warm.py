@@ -184,8 +184,12 @@ class WarmJob:
                 self.kill(outcome.rank, rank_main.STACKS_SIGNAL)
         deadline = time.monotonic() + patience
         for outcome in late:
-            while not (stacks := self._text(outcome.rank, "stacks")) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            stacks = ""  # while they are written, a part of them is there
+            while (now := self._text(outcome.rank, "stacks")) != stacks or not now:
+                stacks = now
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.2)
             outcome.stacks = stacks
 
     def _end(self) -> None:

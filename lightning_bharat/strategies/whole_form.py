@@ -116,7 +116,8 @@ class _Change:
 
 
 def _entries(registry: Any) -> Mapping[Any, Any]:
-    return dict(registry) if isinstance(registry, Mapping) else dict.fromkeys(registry)
+    """Of a dict, one of torch.jit's that stands for one, or a set."""
+    return dict(registry.items()) if hasattr(registry, "items") else dict.fromkeys(registry)
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

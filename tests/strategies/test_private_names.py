@@ -70,6 +70,7 @@ EVERYWHERE = {
     "_c10d_functional": "by these names of their libraries collectives are known among all operators",
     "_c10d_functional_autograd": "",
     "_assert_async": "an assert that does not wait for the device",
+    "_grouped_mm": "the operator behind grouped_mm",
     "_scaled_dot_product_flash_attention": "the operators behind scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention_for_cpu": "",
     "_scaled_dot_product_efficient_attention": "",
