@@ -27,10 +27,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.bubble import Sleeping
+from benchmarks.bubble import Sleepers
 from lightning_bharat import HybridStrategy
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.table import table
@@ -160,24 +160,6 @@ def experts(server: WarmServer, steps: int) -> list[Result]:
 # ---- stages
 
 
-class Chain(L.LightningModule):
-    """One block behind another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.start = nn.Parameter(torch.ones(1))
-        self.blocks = nn.ModuleList(Sleeping(seconds, seconds, seconds) for seconds in SLEEPS)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        x = batch * self.start
-        for block in self.blocks:
-            x = block(x)
-        return x.mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-
 class CutAnew(L.Callback):
     """Follows some steps, and lets the stages be cut anew after each run of these but the last.
 
@@ -226,7 +208,7 @@ def train_stages(steps: int, folder: str) -> tuple[list[list[float]], str]:
         default_root_dir=folder,
         **QUIET,
     )
-    trainer.fit(Chain(), DataLoader(torch.randn(8 * (steps + 1), 4, 16), 8))
+    trainer.fit(Sleepers((s, s, s) for s in SLEEPS), DataLoader(torch.randn(8 * (steps + 1), 4, 16), 8))
     strategy: Any = trainer.strategy
     return cut.busy, strategy.choices["pipeline_parallel_size"]
 

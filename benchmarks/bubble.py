@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -71,12 +71,12 @@ class Sleeping(nn.Module):
 
 
 class Sleepers(L.LightningModule):
-    """Blocks in a row; ``seconds`` of their three passes."""
+    """Blocks in a row; ``seconds`` of each one's three passes."""
 
-    def __init__(self, *seconds: float) -> None:
+    def __init__(self, seconds: Iterable[tuple[float, float, float]]) -> None:
         super().__init__()
         self.start = nn.Parameter(torch.ones(1))  # so that the first block has a backward pass of inputs, too
-        self.blocks = nn.ModuleList(Sleeping(*seconds) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(Sleeping(*of_block) for of_block in seconds)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         x = batch * self.start
@@ -146,7 +146,7 @@ def followed(strategy: HybridStrategy, blocks: Sleepers, microbatches: int, step
 def measure(schedule: str, seconds: float, steps: int) -> Result:
     """Train with ``schedule``; every rank calls it. The median step counts."""
     strategy = HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=MICROBATCHES)
-    timelines = followed(strategy, Sleepers(seconds, seconds, seconds), MICROBATCHES, steps)
+    timelines = followed(strategy, Sleepers([(seconds, seconds, seconds)] * BLOCKS), MICROBATCHES, steps)
     shown = sorted(timelines, key=lambda timeline: timeline.bubble)[len(timelines) // 2]
     milliseconds = 1000 * median(timeline.seconds for timeline in timelines)
     return Result(schedule, shown.bubble, _expected(schedule, shown), milliseconds)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bubble import RANKS, Sleepers, followed
+from benchmarks.bubble import BLOCKS, RANKS, Sleepers, followed
 from lightning_bharat import HybridStrategy
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.table import table
@@ -61,7 +61,7 @@ class Run:
 def run(schedule: str, case: Case, steps: int) -> Run:
     """Train; every rank calls it."""
     strategy = HybridStrategy(pipeline_parallel_size=RANKS, schedule=schedule, num_microbatches=case.microbatches)
-    blocks = Sleepers(case.forward / 1000, case.inputs / 1000, case.weights / 1000)
+    blocks = Sleepers([(case.forward / 1000, case.inputs / 1000, case.weights / 1000)] * BLOCKS)
     timelines = followed(strategy, blocks, case.microbatches, steps)
     return Run(
         strategy.schedule,

@@ -151,6 +151,24 @@ class Rows:
             start += size
 
 
+class PlacedRows(Rows):
+    """Knows its place: goes on with the batch behind those that were taken."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in list(super().__iter__())[self.at :]:
+            self.at += 1
+            yield batch
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
 class Result(dict):
     """What a run left: ``seen``, ``gradients``, ``weights``, ``metrics``, ``explain``."""
 
@@ -167,6 +185,7 @@ def fit(
     batches: int = 4,
     last: int = 0,
     ckpt: str | None = None,
+    rows_kind: type[Rows] = Rows,
     **trainer: Any,
 ) -> Result:
     """Train on the ranks that call it. ``strategy``: HybridStrategy's arguments; ``None`` is one plain process."""
@@ -194,7 +213,7 @@ def fit(
             **trainer,
         }
     )
-    rows = [Rows(name, batch, batches, data, rank // peers % data, ragged, last) for _ in range(2)]
+    rows = [rows_kind(name, batch, batches, data, rank // peers % data, ragged, last) for _ in range(2)]
     loop.fit(made, *rows, ckpt_path=ckpt)
     after = of_stages(loop, {n: whole(made, n, p) for n, p in made.named_parameters() if not is_elsewhere(p)})
     if getattr(made, "gradients", None) is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from lightning_bharat import DeepSpeedStrategy
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.opened import open_any
 from lightning_bharat.commands.checkpoint import convert, describe, export
-from tests.modules import Rows, Trained
+from tests.modules import PlacedRows, Trained
 from tests.ranks import RanksFailed, run_ranks
 
 pytestmark = pytest.mark.timeout(240)  # some thirty fits in one go: 15 s, on two cores that do nothing else
@@ -47,24 +46,6 @@ class Losses(Trained):
     """Keeps the loss of each batch; gradients belong to DeepSpeed."""
 
     def on_before_optimizer_step(self, optimizer: Any) -> None: ...
-
-
-class Resumed(Rows):
-    """Knows its position."""
-
-    at = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in list(super().__iter__())[self.at :]:
-            self.at += 1
-            yield batch
-        self.at = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
 
 
 def fit(
@@ -91,7 +72,7 @@ def fit(
         enable_model_summary=False,
         **{**ACCUMULATED, **options},
     )
-    trainer.fit(module, Resumed("nano", 8, 8, ranks, rank, False), ckpt_path=ckpt)
+    trainer.fit(module, PlacedRows("nano", 8, 8, ranks, rank, False), ckpt_path=ckpt)
     if out is not None:
         trainer.save_checkpoint(out)
     return [loss for loss, _ in module.seen]

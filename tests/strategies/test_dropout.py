@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from tests import modules
-from tests.modules import fit
+from tests.modules import PlacedRows, fit
 from tests.ranks import run_ranks
 from tests.strategies.layouts import Layers
 from tests.strategies.odd import OnVectors
@@ -140,30 +138,13 @@ def test_recomputation_drops_the_same() -> None:
         assert not torch.equal(first, second)
 
 
-class KnowsItsPlace(modules.Rows):
-    at = 0  # batches of this epoch that were taken
-
-    def __iter__(self) -> Iterator[modules.Batch]:
-        for batch in list(super().__iter__())[self.at :]:
-            self.at += 1
-            yield batch
-        self.at = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
-
-
 def _losses(strategy: dict[str, Any], folder: str, ckpt: str | None) -> list[float]:
     """Of five epochs of two steps, or what is left of them; saves after each third step."""
     made = Drops()
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     options = {"callbacks": [keep], "enable_checkpointing": True, "limit_val_batches": 0}
-    modules.Rows = KnowsItsPlace  # type: ignore[misc]
     random.seed(os.environ["RANK"])  # other numbers on each data rank
-    fit(lambda: made, strategy, steps=10, batch=64, ckpt=ckpt, batches=2, **options)
+    fit(lambda: made, strategy, steps=10, batch=64, ckpt=ckpt, batches=2, rows_kind=PlacedRows, **options)
     return [*(loss for loss, _ in made.seen), random.random()]
 
 
