@@ -1,8 +1,7 @@
-"""Shares to safetensors files and back, planned by torch.distributed.checkpoint (DCP).
+"""Shares out of safetensors files, planned by torch.distributed.checkpoint (DCP).
 
-DCP decides which rank writes what (what several ranks hold is written once, balanced by bytes), checks that the
-rectangles fill every tensor, and finds which stored rectangles a rank needs. Ours are the two ends: planners that know
-:class:`Share`, and storage in safetensors with an index in JSON in place of pickles.
+DCP finds which stored rectangles a rank needs. Ours are the two ends: a planner that knows :class:`Share`, and storage
+in safetensors with an index in JSON in place of pickles. Writing has :mod:`~lightning_bharat.checkpoints.planned`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,47 +17,17 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from lightning_bharat.checkpoints import safetensors_file
 from lightning_bharat.checkpoints.errors import CheckpointError
-from lightning_bharat.checkpoints.index import chunk_key, write_index
+from lightning_bharat.checkpoints.index import chunk_key
+from lightning_bharat.checkpoints.planned import chunks
 from lightning_bharat.checkpoints.share import Share
-
-
-def save_shares(folder: Path, shares: Mapping[str, Share]) -> dict[str, str]:
-    """Write what all ranks hold to ``folder``, with its index. All ranks must call it.
-
-    Returns:
-        On rank 0 the digests of all ranks' files, by name.
-
-    Raises:
-        CheckpointError: on every rank, where one could not write or the rectangles leave a gap.
-    """
-    writer = _Writer(folder)
-    _without_pickles(dcp.save, dict(shares), storage_writer=writer, planner=_SavePlanner())
-    return writer.digests
 
 
 def load_shares(folder: Path, index: Metadata, shares: Mapping[str, Share], check: Callable[[Path], None]) -> None:
@@ -88,20 +55,6 @@ def _without_pickles(function: Any, *args: Any, **kwargs: Any) -> None:
         raise CheckpointError(words if len(error.failures) == 1 else f"rank {rank}: {words}") from error
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Rectangles of shares as DCP's write items."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([item for name, share in self.state_dict.items() for item in _write_items(name, share)])
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].at(index.offset)
-
-
 class _LoadPlanner(DefaultLoadPlanner):
     """Rectangles of shares as DCP's read items."""
 
@@ -118,79 +71,13 @@ class _LoadPlanner(DefaultLoadPlanner):
                 item
                 for name, share in self.state_dict.items()
                 for item in create_read_items_for_chunk_list(
-                    name, cast(TensorStorageMetadata, stored[name]), _chunks(share)
+                    name, cast(TensorStorageMetadata, stored[name]), chunks(share)
                 )
             ]
         )
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].at(index.offset)
-
-
-def _chunks(share: Share) -> list[ChunkStorageMetadata]:
-    return [ChunkStorageMetadata(torch.Size(p.offsets), p.local.shape) for p in share.pieces]
-
-
-def _write_items(name: str, share: Share) -> list[WriteItem]:
-    properties = TensorProperties(dtype=share.dtype)
-    return [
-        WriteItem(
-            MetadataIndex(name, chunk.offsets),
-            WriteItemType.SHARD,
-            tensor_data=TensorWriteData(chunk, properties, torch.Size(share.shape)),
-        )
-        for chunk in (_chunks(share) if share.writes else [])
-    ]
-
-
-class _Writer(StorageWriter):
-    """One safetensors file a rank, then the index by the coordinator."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.digests: dict[str, str] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def storage_meta(self) -> StorageMeta | None:
-        return None
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        entries = [_entry(item, planner) for item in plan.items]
-        name, digest = plan.storage_data, ""
-        if entries:
-            digest = safetensors_file.write(self.folder / name, entries, {"format": "pt"})
-        pairs = zip(plan.items, entries, strict=True)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, entry.nbytes, (name, digest)) for item, entry in pairs])
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = {done.index: done.storage_data for of_rank in results for done in of_rank}
-        self.digests = dict(written.values())
-        write_index(self.folder, metadata, {index: name for index, (name, _) in written.items()})
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
-
-
-def _entry(item: WriteItem, planner: SavePlanner) -> safetensors_file.Entry:
-    data = item.tensor_data
-    assert data is not None
-    key = chunk_key(item.index.fqn, data.size, data.chunk)
-    read = cast(Any, partial(planner.resolve_data, item))
-    return safetensors_file.Entry(key, data.properties.dtype, tuple(data.chunk.sizes), read)
 
 
 class _Reader(StorageReader):

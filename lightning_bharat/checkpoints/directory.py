@@ -41,7 +41,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     All ranks must enter it. Where the block raises, ``path`` stays as it was.
     """
-    staging = on_rank_zero(lambda: _stage(path))
+    staging = on_rank_zero(lambda: stage(path))
     try:
         yield staging
         on_rank_zero(lambda: commit(staging, path))
@@ -53,7 +53,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 @contextmanager
 def own_directory(path: Path) -> Iterator[Path]:
     """As :func:`new_directory`, for one process alone."""
-    staging = _stage(path)
+    staging = stage(path)
     try:
         yield staging
         commit(staging, path)
@@ -68,7 +68,8 @@ def hidden(path: Path, part: str = "") -> Path:
     return path.with_name(f".{of_name:08x}-{part or uuid.uuid4().hex[:8]}.tmp")
 
 
-def _stage(path: Path) -> Path:
+def stage(path: Path) -> Path:
+    """Make the hidden directory that becomes ``path`` (:func:`commit`), and remove those of saves that were killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(hidden(path, "*").name):  # of a save that was killed
         shutil.rmtree(stale, ignore_errors=True)

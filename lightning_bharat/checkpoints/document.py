@@ -104,16 +104,23 @@ def _comes_back(value: Any) -> bool:
     return True
 
 
-def write_state(folder: Path, tree: Any) -> None:
-    """Write ``tree`` (of :func:`as_plain`) to ``folder`` and bring it to disk."""
+def state_bytes(tree: Any) -> bytes:
+    """The content of `state.pt` for ``tree`` (of :func:`as_plain`)."""
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    return buffer.getvalue()
+
+
+def write_state(folder: Path, content: bytes) -> None:
+    """Write what :func:`state_bytes` made to ``folder`` and bring it to disk."""
     with (folder / STATE).open("wb") as file:
-        torch.save(tree, file)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What :func:`write_state` wrote. No code from the file is run.
+    """The tree of :func:`state_bytes`. No code from the file is run.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds objects other than plain data and tensors.

@@ -28,7 +28,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
         try:
             box[0] = function()
         except Exception as raised:
-            error, box[1] = raised, _words(raised)
+            error, box[1] = raised, in_words(raised)
     dist.broadcast_object_list(box, src=0)
     if box[1]:
         raise CheckpointError(box[1]) from error
@@ -49,7 +49,7 @@ def together(function: Callable[[], T]) -> T:
     except Exception as raised:
         error = raised
     words: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(words, _words(error) if error else "")
+    dist.all_gather_object(words, in_words(error) if error else "")
     for said in words:
         if said and isinstance(error, CheckpointError) and str(error) == said:
             raise error  # as it is: a chain would print the words twice
@@ -58,5 +58,15 @@ def together(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _words(error: Exception) -> str:
+def on_all_ranks(value: T) -> list[T]:
+    """What every rank has, by ranks. All ranks must call it."""
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def in_words(error: Exception) -> str:
+    """An error as other ranks are told of it."""
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

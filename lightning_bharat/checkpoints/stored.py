@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lightning_bharat.checkpoints.dcp import load_shares, save_shares
-from lightning_bharat.checkpoints.directory import new_directory
-from lightning_bharat.checkpoints.document import STATE, as_plain, put_back, read_state, take_shares, write_state
-from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
+from lightning_bharat.checkpoints.dcp import load_shares
+from lightning_bharat.checkpoints.document import STATE, put_back, read_state
+from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.index import INDEX, read_index
 from lightning_bharat.checkpoints.manifest import MANIFEST, Manifest
+from lightning_bharat.checkpoints.saving import Saver
 from lightning_bharat.checkpoints.share import Share
 
 
@@ -102,16 +102,7 @@ def save(path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
     Raises:
         CheckpointError: on every rank, with the first reason; ``path`` is then as it was before.
     """
-    tree, shares = take_shares(checkpoint)
-    tree = together(lambda: as_plain(tree))
-    with new_directory(path) as staging:
-        digests = save_shares(staging, shares)
-
-        def finish() -> None:
-            write_state(staging, tree)
-            manifest.write(staging, digests)
-
-        on_rank_zero(finish)
+    Saver().save(path, checkpoint, manifest)
 
 
 def load_into(targets: Iterable[tuple[Share, StoredTensor | Tensor]]) -> None:
