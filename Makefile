@@ -1,5 +1,6 @@
 # make demo    from nothing to a hybrid run on four ranks, over the curve of one process
 # make test    ruff, mypy and pytest
+# make chaos   a hundred runs that lose a rank at a random moment
 # make lint    the first two · make format · make bench · make clean
 #
 # Everything runs in .venv, which is made once from pyproject.toml and constraints.txt. Another Python: PYTHON=python3.12.
@@ -10,9 +11,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # The tests start many small ranks: more threads than one a rank only make them wait for each other.
-test bench: export OMP_NUM_THREADS := 1
+test bench chaos: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test chaos lint format bench clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -20,6 +21,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.faults.chaos --runs 100
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from typing import Any
+
+from lightning_bharat.cluster.failure import signal_name
 
 
 @dataclass
@@ -47,7 +48,7 @@ class RankOutcome:
         if self.error is not None:
             return f"rank {self.rank}: {self.error}: {self.message}"
         if self.exit_code is not None and self.exit_code < 0:
-            return f"rank {self.rank}: ended by {_signal_name(-self.exit_code)}"
+            return f"rank {self.rank}: ended by {signal_name(-self.exit_code)}"
         if self.exit_code:
             return f"rank {self.rank}: ended with exit code {self.exit_code} and no exception"
         return f"rank {self.rank}: ok"
@@ -70,10 +71,3 @@ class RanksFailed(AssertionError):
                 if text:
                     parts.append(f"---- rank {outcome.rank}: {title}\n{text.rstrip()}")
         super().__init__("\n".join(parts))
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

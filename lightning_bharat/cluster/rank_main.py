@@ -27,7 +27,7 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
     _write_to(os.path.join(folder, "output"))
     stacks = open(os.path.join(folder, "stacks"), "w")  # noqa: SIM115 - open as long as the process
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     # A loader in this rank starts its workers as in any other process, and not by our server.
@@ -81,8 +81,8 @@ def _write_to(path: str) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def _end_with_parent() -> None:
-    """No orphans: whoever started the job is gone, so nobody reads what this rank would find."""
+def end_with_parent() -> None:
+    """A thread's work. No orphans: whoever started the job is gone, so nobody reads what this rank would find."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

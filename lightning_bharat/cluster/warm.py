@@ -52,6 +52,15 @@ class WarmServer:
         with _environment({"OMP_NUM_THREADS": "1"}):
             forkserver.ensure_running()
 
+    def fork(self, target: Callable, *args: Any) -> tuple[Any, Connection]:
+        """One process that calls ``target(channel, *args)``, and the other end of its channel."""
+        self.warm_up()
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=target, args=(there, *args))
+        process.start()
+        there.close()
+        return process, here
+
     def start(self, function: Callable, ranks: int, *args: Any, env: Mapping[str, str] | None = None) -> WarmJob:
         """Fork ``ranks`` ranks that call ``function(*args)``, and return at once.
 
@@ -71,8 +80,7 @@ class WarmServer:
                 f"a warm rank imports what it calls, and this can't be sent to it: {error}; define the function and "
                 "its arguments' classes at the top level of a module"
             ) from error
-        self.warm_up()
-        return WarmJob(self._context, getattr(function, "__qualname__", str(function)), call, ranks, env or {})
+        return WarmJob(self, getattr(function, "__qualname__", str(function)), call, ranks, env or {})
 
     def run(
         self,
@@ -102,7 +110,7 @@ class WarmServer:
 class WarmJob:
     """Ranks that are running; made by :meth:`WarmServer.start`, ended by :meth:`wait`."""
 
-    def __init__(self, context: Any, name: str, call: bytes, ranks: int, env: Mapping[str, str]) -> None:
+    def __init__(self, server: WarmServer, name: str, call: bytes, ranks: int, env: Mapping[str, str]) -> None:
         self.name = name
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._outcomes = [RankOutcome(rank) for rank in range(ranks)]
@@ -112,11 +120,8 @@ class WarmJob:
         for rank in range(ranks):
             folder = self._folder / str(rank)
             folder.mkdir()
-            here, there = context.Pipe()
             environment = {**os.environ, **rank_environment(rank, ranks, port), **env}
-            process = context.Process(target=rank_main.main, args=(there, call, environment, str(folder)))
-            process.start()
-            there.close()
+            process, here = server.fork(rank_main.main, call, environment, str(folder))
             self._channels[here] = rank
             self._processes.append(process)
         self._began = time.monotonic()  # a server that is still importing takes nothing from the job's time

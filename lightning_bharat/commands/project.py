@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ BAD_PROJECT = (BadInput, ConfigError, LayoutError, PlanError, CheckpointError, D
 
 
 class SaveConfig(SaveConfigCallback):
-    """LightningCLI's, which never writes over a config; said in this command's options."""
+    """LightningCLI's, which never writes over another run's config; said in this command's options."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the config to the run's folder.
@@ -86,6 +87,8 @@ class SaveConfig(SaveConfigCallback):
             BadInput: on all ranks: a config is there.
         """
         path = Path(trainer.log_dir or "", self.config_filename)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and trainer.strategy.broadcast(path.is_file()):
+            return  # what is there is this run's, of an earlier attempt
         if not self.already_saved and trainer.strategy.broadcast(path.is_file()):
             raise BadInput(
                 f"the config of this run would be written over {path}; write another folder, as in "

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.strategies.deepspeed import _format_precision_config
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
@@ -31,6 +32,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_bharat.strategies.attempt_store import store_of_attempt
+
 __all__ = ["NOT_AN_ERROR", "SubprocessLauncher"]
 
 # By these Lightning leaves a trainer on all ranks with nothing being wrong: its tuner is ready.
@@ -46,8 +49,12 @@ def init_process_group(
     environment: ClusterEnvironment, backend: str, timeout: timedelta | None, device: torch.device
 ) -> None:
     """Make the process group of all ranks, if there is none."""
+    if dist.is_initialized():
+        return
+    store = store_of_attempt(timeout)
+    given: dict[str, Any] = {} if store is None else {"store": store}
     device_id = None if device.type == "cpu" else device
-    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id, **given)
 
 
 def set_rank(rank: int) -> None:

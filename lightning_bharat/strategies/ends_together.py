@@ -6,9 +6,11 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+from lightning_bharat.cluster import heartbeat
 from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher, keep_ckpt_path
 from lightning_bharat.strategies._torch import default_store
 from lightning_bharat.strategies.errors import ErrorWatch
+from lightning_bharat.strategies.progress import tell_progress
 
 
 class GoOn(BaseException):
@@ -85,6 +87,7 @@ class _ReportingLauncher(SubprocessLauncher):
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         if trainer is not None:
             keep_ckpt_path(trainer)  # here is the one place that a strategy sees before it is chosen
+            tell_progress(trainer)
 
         def reporting(*args: Any, **kwargs: Any) -> Any:
             self.is_running = True
@@ -103,6 +106,7 @@ class _ReportingLauncher(SubprocessLauncher):
                 raise answer from error
             finally:
                 self.is_running = False
+                heartbeat.progress("script")  # what a script does next may take as long as it likes
 
         return super().launch(reporting, *args, trainer=trainer, **kwargs)
 

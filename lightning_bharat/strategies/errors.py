@@ -30,10 +30,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_bharat.cluster.connections import is_lost_connection
 from lightning_bharat.strategies.first_error import (
     FirstError,
     PeerError,
-    is_lost_connection,
     leave_printing_to,
     print_once,
 )

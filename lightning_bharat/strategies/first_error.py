@@ -7,11 +7,7 @@ import traceback
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch.distributed as dist
-
 _LONGEST_TRACEBACK = 20_000  # characters that go through the store
-# What gloo's, NCCL's and the kernel's errors have in common when a rank at the other end is gone.
-_BROKEN = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -74,13 +70,6 @@ class PeerError(RuntimeError):
         if self.first.is_gone:
             return f"{self.here} ends: {self.first}"
         return f"{self.here} ends: {self.first.name} raised {self.first.kind} and prints it"
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether ``error`` may be but the consequence of another rank's end."""
-    if isinstance(error, dist.DistError | ConnectionError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
 
 
 # Exceptions that another rank prints, with that rank's; by identity, since not every exception can be hashed.

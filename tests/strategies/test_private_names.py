@@ -88,6 +88,9 @@ INHERITED |= {
     "_initialize_deepspeed_inference",
     "_setup_model_and_optimizer",
 }
+# torchelastic's, likewise: its agents and contexts are made to be extended by these.
+INHERITED |= {"_rendezvous", "_start_workers", "_monitor_workers", "_restart_workers", "_stop_workers"}
+INHERITED |= {"_pcontext", "_remaining_restarts", "_start", "_poll", "_close"}
 
 # Attributes that the four files give to objects of torch's.
 OURS = {"_agrees"}

@@ -1,0 +1,256 @@
+"""torchelastic's agent with warm ranks, a watch of its own, and restarts that know what failed.
+
+Of torchelastic it keeps the rendezvous, the ranks' numbers, the exit barrier and the handling of signals.
+What is other:
+
+- Each attempt gets a store of its own. torchelastic keeps one over restarts, in which the next attempt's ranks find
+  the addresses of the last one's (pytorch #135712, #167288), and as often as not connect to the dead.
+- Ranks of a failed attempt are killed at once. torchelastic sends SIGTERM and waits 30 seconds for processes that may
+  wait for a dead one.
+- A rank that has stopped or hangs is a failure, too (:mod:`~lightning_bharat.cluster.watch`).
+- Whether to start again is decided by :mod:`~lightning_bharat.cluster.restart`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from string import Template
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from lightning_bharat.cluster.failure import Failure, of_ends
+from lightning_bharat.cluster.heartbeat import NO_STEP
+from lightning_bharat.cluster.rank_script import Script
+from lightning_bharat.cluster.record import Record
+from lightning_bharat.cluster.restart import Decision, RestartPolicy
+from lightning_bharat.cluster.warm_ranks import Bench, WarmRanks
+from lightning_bharat.cluster.watch import Limits, Watch
+
+# Seconds in which a rank may turn out to be why others have lost a connection.
+_PATIENCE = 5.0
+
+
+class WarmAgent(LocalElasticAgent):
+    """Runs a script on this host's ranks until it ends well, or fails for good.
+
+    Args:
+        spec: torchelastic's: ranks on this host, rendezvous, …; its ``max_restarts`` is the policy's limit.
+        bench: forks ranks.
+        script: what they run.
+        limits: after which a rank is taken for lost.
+        record: of the run's events.
+        logs_specs, prefix, shutdown_timeout: as torchrun's options.
+
+    Attributes:
+        failure: what ended the run, if it failed.
+        decision: why it was not started again.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        bench: Bench,
+        script: Script,
+        limits: Limits,
+        record: Record,
+        logs_specs: LogsSpecs,
+        prefix: str | None = None,
+        shutdown_timeout: int = 30,
+    ) -> None:
+        super().__init__(spec, logs_specs, shutdown_timeout=shutdown_timeout)
+        self._logs, self._prefix, self._last_words = logs_specs, Template(prefix or ""), shutdown_timeout
+        self._bench, self._script, self._limits, self._record = bench, script, limits, record
+        self._policy = RestartPolicy(spec.max_restarts)
+        self._look_for = spec.monitor_interval
+        spec.monitor_interval = 0  # its loop sleeps so long between two looks; ours end as soon as a rank does
+        self._attempt = -1
+        self._server: dist.TCPStore | None = None  # of this attempt, if this host serves it
+        self._ranks: WarmRanks | None = None
+        self._watch: Watch | None = None
+        self._trains = False
+        self._victims_since: float | None = None
+        self.failure: Failure | None = None
+        self.decision: Decision | None = None
+
+    # ---- starting
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        group: Any = worker_group
+        store, here = group.store, group.group_rank
+        # A host that came later has counted fewer.
+        store.set(f"bharat/attempt/{here}", str(self._attempt + 1))
+        if here == 0:
+            counts = [int(store.get(f"bharat/attempt/{rank}")) for rank in range(group.group_world_size)]
+            address = group.spec.local_addr or socket.getfqdn()
+            self._server = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            store.set("bharat/store", json.dumps([address, self._server.port, max(counts)]))
+        address, port, self._attempt = json.loads(store.get("bharat/store"))
+        if here != 0:
+            self._server = None
+        group.master_addr, group.master_port = address, port
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        envs = {worker.local_rank: self._environment(worker_group, worker) for worker in worker_group.workers}
+        numbers = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        prefixes = {worker.local_rank: self._named(worker_group, worker) for worker in worker_group.workers}
+        self._record.note(
+            "start",
+            attempt=self._attempt,
+            ranks=worker_group.workers[0].world_size,
+            node=worker_group.group_rank,
+            nodes=worker_group.group_world_size,
+        )
+        self._ranks = WarmRanks(self._bench, self._script, envs, numbers, self._logs, prefixes, worker_group.spec.role)
+        self._pcontext = self._ranks
+        self._trains, self._victims_since = False, None
+        self._ranks.start()
+        self._watch = Watch(self._ranks.running, self._limits)
+        return self._ranks.pids()
+
+    def _environment(self, group: WorkerGroup, worker: Any) -> dict[str, str]:
+        """torchelastic's variables."""
+        spec = group.spec
+        return {
+            "LOCAL_RANK": str(worker.local_rank),
+            "RANK": str(worker.global_rank),
+            "GROUP_RANK": str(group.group_rank),
+            "ROLE_RANK": str(worker.role_rank),
+            "ROLE_NAME": spec.role,
+            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+            "WORLD_SIZE": str(worker.world_size),
+            "GROUP_WORLD_SIZE": str(group.group_world_size),
+            "ROLE_WORLD_SIZE": str(worker.role_world_size),
+            "MASTER_ADDR": str(group.master_addr),
+            "MASTER_PORT": str(group.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self._attempt),
+            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.getenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        }
+
+    def _named(self, group: WorkerGroup, worker: Any) -> str:
+        """What stands before each line of a rank whose streams are shown by --tee."""
+        return self._prefix.safe_substitute(
+            role_name=group.spec.role,
+            rank=worker.global_rank,
+            local_rank=worker.local_rank,
+            hostname=socket.gethostname(),
+        )
+
+    # ---- watching
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        assert self._ranks is not None
+        self._ranks.look(self._look_for)
+        self._note_progress()
+        if (failure := self._failed()) is not None:
+            self._decide(failure)
+            return RunResult(WorkerState.FAILED, failures=self._process_failures(worker_group))
+        if self._ranks.running:
+            return RunResult(WorkerState.HEALTHY)
+        self._record.settle(self._ranks.run_folder())
+        self._record.note("end", ok=True, attempt=self._attempt, step=self._reached(), node=worker_group.group_rank)
+        return RunResult(WorkerState.SUCCEEDED, {worker.global_rank: None for worker in worker_group.workers})
+
+    def _note_progress(self) -> None:
+        """The first step of an attempt is an event, and the time to let the next attempt's ranks wait."""
+        assert self._ranks is not None
+        if self._record.folder is None:
+            self._record.settle(self._ranks.run_folder())
+        if self._trains:
+            return
+        pulses = self._ranks.pulses().values()
+        if all(pulse.first for pulse in pulses):
+            self._trains = True
+            # On the wall clock, as other events are.
+            at = time.time() - (time.monotonic() - max(pulse.first for pulse in pulses))
+            began = min(pulse.began for pulse in pulses)
+            self._record.note("training", time=at, attempt=self._attempt, step=began)
+            self._bench.fill(len(pulses))
+
+    def _failed(self) -> Failure | None:
+        assert self._ranks is not None and self._watch is not None
+        failure = of_ends(self._ranks.ends)
+        if failure is None:
+            return self._watch.look()
+        if failure.ranks or not self._ranks.running:
+            return failure
+        now = time.monotonic()  # only consequences are seen: the cause is about to show
+        self._victims_since = self._victims_since or now
+        return self._watch.look() or (failure if now - self._victims_since > _PATIENCE else None)
+
+    def _decide(self, failure: Failure) -> None:
+        assert self._ranks is not None
+        reached = self._reached()
+        self._record.settle(self._ranks.run_folder())
+        self.failure = failure
+        self.decision = self._policy.decide(failure, reached)
+        self._remaining_restarts = int(self.decision.again)
+        report = self._record.report(f"attempt_{self._attempt}_{os.uname().nodename}", failure.report)
+        self._record.note(
+            "failure",
+            attempt=self._attempt,
+            cause=failure.cause,
+            ranks=list(failure.ranks),
+            words=failure.words,
+            step=reached,
+            report=report,
+        )
+        self._tell(failure, report)
+
+    def _tell(self, failure: Failure, report: str) -> None:
+        assert self.decision is not None
+        then = "ends" if not self.decision.again else f"restarts in {self.decision.wait:g} s"
+        what = failure.words if failure.ranks else f"another host's rank failed ({failure.words})"
+        print(f"bharat launch: {what}; {then}: {self.decision.why}", file=sys.stderr, flush=True)
+        if report and failure.cause in ("stopped", "hung"):
+            print(f"bharat launch: stacks of all ranks are in {report}", file=sys.stderr, flush=True)
+
+    def _reached(self) -> int:
+        assert self._ranks is not None
+        return max((pulse.step for pulse in self._ranks.pulses().values()), default=NO_STEP)
+
+    def _process_failures(self, group: WorkerGroup) -> dict[int, ProcessFailure]:
+        """As torchelastic reports them."""
+        assert self._ranks is not None and self.failure is not None
+        local = {worker.global_rank: worker.local_rank for worker in group.workers}
+        codes = {end.rank: end.exit_code for end in self._ranks.ends}
+        return {
+            rank: ProcessFailure(
+                local[rank],
+                self._ranks.pids()[local[rank]],
+                codes.get(rank) or -signal.SIGKILL,
+                self._ranks.error_files[local[rank]],
+            )
+            for rank in self.failure.ranks or local
+        }
+
+    # ---- stopping
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY:
+            self._record.note("restart", attempt=self._attempt, wait=0.0, why="another host joins, or starts again")
+        else:
+            assert self.decision is not None
+            self._stop_workers(worker_group)
+            self._record.note("restart", attempt=self._attempt, wait=self.decision.wait, why=self.decision.why)
+            time.sleep(self.decision.wait)
+        super()._restart_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # Where all is well another host comes or comes back, and there may be something to save.
+        well = worker_group.state == WorkerState.HEALTHY
+        if self._ranks is not None:
+            self._ranks.close(signal.SIGTERM if well else signal.SIGKILL, self._last_words)
