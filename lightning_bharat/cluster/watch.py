@@ -106,8 +106,8 @@ class Watch:
             each.stopped_since = now
         elif now - each.stopped_since > self._limits.stopped:
             return True
-        # Frozen by a control group, say. One that only holds Python's lock for long uses time.
-        if ticks != each.ticks or ticks < 0:
+        # Frozen by a control group, say. One that only holds Python's lock for long uses time, or waits for a core.
+        if ticks != each.ticks or ticks < 0 or state == "R":
             each.ticks, each.ticks_since = ticks, now
         since = max(pulse.beat, each.ticks_since, self._awake_since)
         return pulse.beat > 0 and state not in ("Z", "X", "") and now - since > self._limits.stopped
