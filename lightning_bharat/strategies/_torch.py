@@ -91,6 +91,22 @@ class Root:
             self._trains[id(whole)] = whole.requires_grad
             self._arm(whole)
 
+    def gather_ahead(self) -> None:
+        """Begin to gather all weights of the tree, which travel while the first modules compute. For weights that stay
+        whole until the backward pass: then no more of them are in memory at once than without."""
+        for group in self._groups_of_tree():
+            group.unshard(async_op=True)
+
+    def drop_gathered(self) -> None:
+        """Forget weights that were gathered ahead, for modules that no forward has called since."""
+        for group in self._groups_of_tree():
+            if group._all_gather_result is not None:
+                group.finalize_backward()
+
+    def _groups_of_tree(self) -> Iterator[Any]:
+        for state in self._state._state_ctx.all_states:
+            yield from state._fsdp_param_groups
+
     def leave(self, loss: Any, keep: bool) -> None:
         """End of a step. ``keep``: the weights stay whole for the backward pass of ``loss``, which divides them."""
         if self.is_whole:
@@ -123,13 +139,12 @@ class Root:
     def finish(self, factor: float) -> None:
         """Average the gradients over the data ranks, times ``factor``, and divide the weights."""
         self._set(last=True)
-        for state in self._state._state_ctx.all_states:
-            for group in state._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    whole = parameter.unsharded_param
-                    if whole.grad is not None:
-                        whole.grad.mul_(factor)
-                group.post_backward()
+        for group in self._groups_of_tree():
+            for parameter in group.fsdp_params:
+                whole = parameter.unsharded_param
+                if whole.grad is not None:
+                    whole.grad.mul_(factor)
+            group.post_backward()
         self._state._root_post_backward_final_callback()
         self._state._state_ctx.iter_forward_root = None
 

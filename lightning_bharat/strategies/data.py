@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.strategies._torch import Root
+from lightning_bharat.strategies.reduce_scatter import ExchangeAndAdd
 from lightning_bharat.strategies.scalars import Scalars
 
 
@@ -76,6 +77,10 @@ class DataShards:
             if not isinstance(unit, FSDPModule):  # one module may stand in a list twice
                 fully_shard(unit, reshard_after_forward=True if reshard is None else reshard, **keep)
         fully_shard(module, reshard_after_forward=False, **keep)
+        if mesh.device_type == "cpu":
+            for divided in self._divided():
+                divided.set_custom_reduce_scatter(ExchangeAndAdd())  # type: ignore[arg-type]
+        self._keeps = reshard is False and not offload
         self._root: Root | None = None
 
     def ready(self) -> None:
@@ -87,6 +92,8 @@ class DataShards:
     def step(self, run: Callable[[], Any], backward: bool) -> Any:
         """Call ``run`` with whole weights. ``backward``: its loss is going to be differentiated afterwards."""
         assert self._root is not None
+        if backward and self._keeps:
+            self._root.gather_ahead()
         self._root.enter()
         self._scalars.gather()
         try:
@@ -124,6 +131,7 @@ class DataShards:
         """Divide what is still whole."""
         if self._root is not None:
             self._root.divide()
+            self._root.drop_gathered()
             self._scalars.divide()
 
     def scheduled(self, run: Callable[[], float]) -> None:
@@ -146,10 +154,12 @@ class DataShards:
 
     def divide(self) -> None:
         """Divide what is whole, also what an evaluation has left so: parameters are then those of the optimizers."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._divided():
+            module.reshard()
         self.rest()
+
+    def _divided(self) -> Iterator[FSDPModule]:
+        return (module for module in self.module.modules() if isinstance(module, FSDPModule))
 
     @contextmanager
     def without_sync(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ def _reshard(asked: bool | int | None, layout: Layout) -> str:
     if layout.pipeline > 1:
         return "no: the weights of all blocks stay whole between the micro-batches of a pipeline"
     if asked is False:
-        return "no, as asked: a block's gathered weights stay from its forward to its backward"
+        return "no, as asked: all weights are gathered from when a step begins, and stay for the backward pass"
     if asked is None or asked is True:
         return "yes: a block's weights are gathered for its forward, freed, and gathered again for its backward"
     return f"over {asked} ranks: between its forward and its backward a block is divided over these alone"

@@ -76,8 +76,9 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
             rank's labels in both cases.
         plan: where to cut: Hugging Face's strings by module name, or a :class:`~lightning_bharat.ModelPlan`. ``None``
             finds it.
-        reshard_after_forward: free a block's gathered weights between forward and backward (``None``: yes). An ``int``
-            divides them over that many ranks meanwhile.
+        reshard_after_forward: free a block's gathered weights between forward and backward (``None``: yes). ``False``:
+            all are gathered while a step begins, and stay (ZeRO's stage 2). An ``int`` divides them over that many
+            ranks meanwhile.
         reduce_dtype: type in which data ranks average gradients: ``"bfloat16"`` halves what float32 sends; with
             ``"float32"`` a sum of bfloat16 gradients is rounded once. ``None``: their own. Not with a pipeline.
         gradient_compression: ``"int8"`` averages gradients over the ``replicate_size`` copies in eight bits, a quarter

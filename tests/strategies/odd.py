@@ -113,6 +113,21 @@ class Looped(Nano):
         return self.head(self.norm(x))
 
 
+class LeavesOut(Nano):
+    """Leaves out a block in every second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.steps += 1
+        x = self.token(ids)
+        for layer in self.layers[self.steps % 2 :]:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
 class Tied(Nano):
     def __init__(self) -> None:
         super().__init__()
@@ -471,6 +486,7 @@ RIGHT: dict[str, Kind] = {
 # Right over data ranks, and nothing to cut over tensor ranks.
 RIGHT_OVER_DATA: dict[str, Kind] = {
     "branches": (OnVectors, Branches),
+    "leaves out": (Odd, LeavesOut),
     "lists": (OnVectors, Lists),
     "single linear": (OnVectors, single_linear),
     "bilinear": (OnVectors, bilinear),

@@ -28,10 +28,13 @@ def run(name: str, strategy: dict[str, Any], **options: Any) -> Run:
 
 
 RECOMPUTED = ("full", "selective")
+# With all blocks gathered when a step begins, these call some of them later, twice, or not at all.
+KEPT = {f"{name}, kept": name for name in ("branches", "leaves out", "looped", "shared block", "partly evaluated")}
 OVER_DATA = Together(
     2,
     {name: run(name, LAYOUTS[DATA]) for name in (*RIGHT, *RIGHT_OVER_DATA)}
     | {mode: run("batch norm in blocks", {"activation_checkpointing": mode}) for mode in RECOMPUTED}
+    | {kept: run(name, {"reshard_after_forward": False}) for kept, name in KEPT.items()}
     | {"synchronized": run("batch norm", {}, sync_batchnorm=True)},
 )
 OVER_TENSOR = Together(2, {name: run(name, LAYOUTS[TENSOR]) for name in RIGHT})
@@ -45,6 +48,11 @@ def test_data_ranks_equal_one_process(name: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_tensor_ranks_equal_one_process(name: str) -> None:
     OVER_TENSOR.check(name)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_weights_that_are_gathered_when_a_step_begins(name: str) -> None:
+    OVER_DATA.check(name)
 
 
 @pytest.mark.parametrize("mode", RECOMPUTED)

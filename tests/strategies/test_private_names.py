@@ -647,13 +647,17 @@ def on_a_rank() -> None:
     assert state._state_ctx.iter_forward_root is None and module[1].weight.grad is not None
     module.reshard()
     assert not group.is_unsharded
+    group.unshard(async_op=True)
+    assert group._all_gather_result is not None and not group.is_unsharded, "gathered ahead, and not used yet"
+    group.finalize_backward()
+    assert group._all_gather_result is None and not group.is_unsharded
 
 
 @relied_on(
     *("_get_default_store", "_set_pg_timeout", "_fully_shard", "_fsdp_common", "_fsdp_state", "_get_fsdp_state"),
     *("_pre_forward_hook_handle", "_post_forward_hook_handle", "_lazy_init", "_fsdp_param_groups", "_module_info"),
     *("_pre_forward", "_post_forward", "_state_ctx", "_training_state", "_root_post_backward_final_callback"),
-    "_register_root_post_backward_final_callback",
+    *("_register_root_post_backward_final_callback", "_all_gather_result"),
 )
 def groups_and_fsdp() -> None:
     """FSDP2's state gathers and divides its root's weights, driven by hand as strategies/_torch.py does."""
