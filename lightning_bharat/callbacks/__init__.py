@@ -1,7 +1,15 @@
 """What plugs into a Trainer: one callback a file."""
 
+from lightning_bharat.callbacks.fault_tolerant_checkpoint import FaultTolerantCheckpoint
 from lightning_bharat.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_bharat.callbacks.replica_check import ReplicaCheck, ReplicaError
 from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 
-__all__ = ["EMAWeightAveraging", "PipelineTimeline", "ReplicaCheck", "ReplicaError", "WeightAveraging"]
+__all__ = [
+    "EMAWeightAveraging",
+    "FaultTolerantCheckpoint",
+    "PipelineTimeline",
+    "ReplicaCheck",
+    "ReplicaError",
+    "WeightAveraging",
+]

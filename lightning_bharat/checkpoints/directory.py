@@ -78,6 +78,33 @@ def stage(path: Path) -> Path:
     return staging
 
 
+def need_space(path: Path, size: int) -> None:
+    """Look whether ``size`` bytes can be written beside ``path``, before any is.
+
+    Raises:
+        CheckpointError: names what is free and what is needed.
+    """
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CheckpointError(
+            f"{path} needs {in_units(size)} and {folder} has {in_units(free)} free: free some space, keep fewer "
+            "checkpoints, or write elsewhere"
+        )
+
+
+def in_units(size: int) -> str:
+    """Bytes for people.
+
+    >>> in_units(1234567)
+    '1.2 MB'
+    """
+    value, units = float(size), ["B", "KB", "MB", "GB", "TB", "PB", "EB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
 def commit(staging: Path, path: Path) -> None:
     """Give ``staging`` the name ``path`` for good; what had that name is removed after."""
     _sync(staging)
@@ -94,6 +121,37 @@ def commit(staging: Path, path: Path) -> None:
         staging = aside
     _sync(path.parent)
     shutil.rmtree(staging)
+
+
+def link(path: Path, name: Path) -> None:
+    """Let ``name`` be the checkpoint ``path`` too, with the same bytes on disk: neither needs the other to stay."""
+    if path.is_dir():
+        with own_directory(name) as staging:
+            for file in path.iterdir():
+                _link_file(file, staging / file.name)
+        return
+    aside = hidden(name)
+    _link_file(path, aside)
+    os.replace(aside, name)
+
+
+def _link_file(path: Path, name: Path) -> None:
+    try:
+        os.link(path, name)
+    except OSError:  # a file system that has no such links
+        shutil.copyfile(path, name)
+        _sync(name)
+
+
+def point(name: Path, path: Path) -> None:
+    """Let ``name`` be a symbolic link to the checkpoint ``path`` beside it."""
+    if name == path:
+        return
+    if name.is_dir() and not name.is_symlink():
+        remove(name)
+    aside = hidden(name)
+    aside.symlink_to(os.path.relpath(path, name.parent))
+    os.replace(aside, name)
 
 
 def remove(path: Path) -> None:

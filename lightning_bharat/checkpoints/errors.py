@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +13,23 @@ T = TypeVar("T")
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be written, or can't be loaded here; the message says what is wrong and what to do."""
+
+
+class WriteError(CheckpointError):
+    """A checkpoint that could be written if the disk, or another rank, let it; training can go on without it."""
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """What is raised in here is for the disk or the other ranks to mend.
+
+    Raises:
+        WriteError: in place of a :class:`CheckpointError` or ``OSError``.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        raise WriteError(in_words(error)) from error
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from lightning_bharat.checkpoints import directory, safetensors_file
 from lightning_bharat.checkpoints.document import as_plain, state_bytes, take_shares, write_state
-from lightning_bharat.checkpoints.errors import on_all_ranks, on_rank_zero, together
+from lightning_bharat.checkpoints.errors import disk_errors, on_all_ranks, on_rank_zero, together
 from lightning_bharat.checkpoints.index import write_index
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.planned import Planned, Planner
@@ -65,6 +65,7 @@ class Saver:
 
         Raises:
             CheckpointError: on every rank, with the first reason.
+            WriteError: likewise, where it is the disk's: too little space, for instance.
         """
         tree, shares = take_shares(checkpoint)
         tree = together(lambda: as_plain(tree))
@@ -76,9 +77,11 @@ class Saver:
 
         def stage() -> Path:
             state.append(state_bytes(tree))
+            directory.need_space(path, planned.total + len(state[0]))
             return directory.stage(path)
 
-        staging = on_rank_zero(stage)
+        with disk_errors():
+            staging = on_rank_zero(stage)
         return Saving(path, staging, planned, entries, b"".join(state), manifest)
 
 
@@ -103,10 +106,11 @@ class Saving:
         """Write this rank's file; when all ranks have, rank 0 writes the rest and commits. All ranks must call it.
 
         Raises:
-            CheckpointError: on every rank, with the first reason; ``path`` is then as it was before.
+            WriteError: on every rank, with the first reason; ``path`` is then as it was before.
         """
         try:
-            ranks.finish(self._write_own, self._commit)
+            with disk_errors():
+                ranks.finish(self._write_own, self._commit)
         except BaseException:
             shutil.rmtree(self.staging, ignore_errors=True)
             raise

@@ -32,6 +32,7 @@ from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import metric_states
+from lightning_bharat.strategies.background_saves import BackgroundSaves
 from lightning_bharat.strategies.randomness import RandomStates
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ShardedCheckpoints(_Base):
         layout, plan, slices, tensor_group: of the strategy.
         stages: of its pipeline; ``None`` without one.
         random_states: what a run that goes on draws from.
+        saves: when directories are written.
     """
 
     save_distributed_checkpoint: bool = True
@@ -58,10 +60,12 @@ class ShardedCheckpoints(_Base):
     tensor_group: dist.ProcessGroup | None
     stages: Stages | None = None
     random_states: RandomStates
+    saves: BackgroundSaves
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.random_states = RandomStates()
+        self.saves = BackgroundSaves(self)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -114,7 +118,7 @@ class ShardedCheckpoints(_Base):
             state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
             content = {**checkpoint, "state_dict": state}
             content = weights.with_shares(content, module, self.slices, self._is_first_replica(), self.stages)
-            stored.save(path, content, manifest)
+            self.saves.save(path, content, manifest)
         else:
             on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
 
@@ -135,6 +139,7 @@ class ShardedCheckpoints(_Base):
         """
         if weights_only is False:
             raise CheckpointError("weights_only=False runs code from the checkpoint; leave it out")
+        self.saves.writer.wait()
         path = directory.local_path(self.broadcast(checkpoint_path))
         checkpoint = together(lambda: content_of(path))
         take_position(checkpoint, self.layout, self.global_rank)
@@ -170,6 +175,7 @@ class ShardedCheckpoints(_Base):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; a process killed meanwhile leaves no half one."""
+        self.saves.writer.wait()
         if self.is_global_zero:
             directory.remove(directory.local_path(filepath))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,15 @@ else:
     _Base = object
 
 T = TypeVar("T")
+
+
+def highest(trainer: Any, values: Sequence[int]) -> list[int]:
+    """Each of ``values`` as the rank has it that has most. All ranks of ``trainer`` must call it."""
+    if trainer.world_size == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.int64, device=trainer.strategy.root_device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
 
 
 class Collectives(_Base):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
 from lightning_bharat.cluster import heartbeat
 from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher, keep_ckpt_path
 from lightning_bharat.strategies._torch import default_store
@@ -25,6 +27,23 @@ class GoOn(BaseException):
     def __init__(self, ckpt_path: str, prepare: Callable[[], None]) -> None:
         super().__init__(f"goes on from {ckpt_path}")
         self.ckpt_path, self.prepare = ckpt_path, prepare
+
+
+class Stopped(SIGTERMException):
+    """Leaves the trainer on all ranks after the same step, saved: the run was asked to stop. No error, and no
+    ``Exception``; left to itself it ends the process with exit code 0.
+
+    Attributes:
+        step: of the trainer.
+        why: the name of a signal, or "the end of its time".
+    """
+
+    def __init__(self, step: int, why: str) -> None:
+        super().__init__(0)
+        self.step, self.why = step, why
+
+    def __str__(self) -> str:
+        return f"stopped after step {self.step} by {self.why}"
 
 
 class EndsTogether:
@@ -68,7 +87,9 @@ class EndsTogether:
             self._launcher.watch = lambda: self.watch
 
     def on_exception(self, exception: BaseException) -> None:
-        if self.watch is not None:
+        if self.watch is not None and isinstance(exception, Stopped):
+            self.watch.finish()
+        elif self.watch is not None:
             self.watch.report(exception)
         super().on_exception(exception)  # type: ignore[misc]
 
@@ -96,7 +117,7 @@ class _ReportingLauncher(SubprocessLauncher):
                 if (watch := self.watch()) is not None:
                     watch.finish()
                 return result
-            except NOT_AN_ERROR:
+            except (*NOT_AN_ERROR, Stopped):
                 raise
             except BaseException as error:
                 watch = self.watch()

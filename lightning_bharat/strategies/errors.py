@@ -94,6 +94,11 @@ class ErrorWatch:
         """Whether it has been started and not stopped."""
         return self._thread is not None and not self._stopped.is_set()
 
+    @property
+    def first(self) -> FirstError | None:
+        """The first rank's error, as soon as this rank knows of one."""
+        return self._first
+
     def start(self) -> None:
         """Begin to watch. Call it on every rank, in the thread that trains."""
         if self.world_size == 1 or self._thread is not None:

@@ -1,4 +1,4 @@
-"""Private names of Lightning, torch, torchmetrics and DeepSpeed: they stand in four files, or in a short list, and mean
+"""Private names of Lightning, torch, torchmetrics and DeepSpeed: they stand in five files, or in a short list, and mean
 what is relied on.
 
 When a test here fails after an upgrade, its words say which name moved or changed and what the package asks of it.
@@ -24,7 +24,7 @@ import pytest
 import torch
 from lightning.fabric.utilities import device_dtype_mixin, distributed, init
 from lightning.pytorch import strategies
-from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ThroughputMonitor
 from lightning.pytorch.core import optimizer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops import fit_loop, training_epoch_loop
@@ -46,11 +46,12 @@ from torchmetrics import CatMetric
 from torchmetrics.utilities.data import dim_zero_cat
 
 import lightning_bharat
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning, _model_checkpoint
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
-THE_FOUR = tuple(f"strategies/{name}.py" for name in ("_lightning", "_torch", "_torchmetrics", "_deepspeed"))
+OF_OTHERS = ("_lightning", "_model_checkpoint", "_torch", "_torchmetrics", "_deepspeed")
+THE_FIVE = tuple(f"strategies/{name}.py" for name in OF_OTHERS)
 
 # What other files may use: torch has no public name for it, and much outside of torch is built on it.
 EVERYWHERE = {
@@ -92,7 +93,12 @@ INHERITED |= {
 INHERITED |= {"_rendezvous", "_start_workers", "_monitor_workers", "_restart_workers", "_stop_workers"}
 INHERITED |= {"_pcontext", "_remaining_restarts", "_start", "_poll", "_close"}
 
-# Attributes that the four files give to objects of torch's.
+# What OpenModelCheckpoint calls by other names.
+INHERITED |= {"_save_topk_checkpoint", "_save_last_checkpoint", "_save_checkpoint", "_remove_checkpoint"}
+INHERITED |= {"_link_checkpoint", "_find_last_checkpoints", "_last_global_step_saved", "_last_checkpoint_saved"}
+INHERITED |= {"_every_n_epochs", "_every_n_train_steps", "_train_time_interval"}
+
+# Attributes that the five files give to objects of torch's.
 OURS = {"_agrees"}
 
 
@@ -189,13 +195,13 @@ def use(x, own):
     assert found == {"_shard", "_inductor", "_thing", "_hidden", "_named", "_deep", "_deeper", "_inherited"}
 
 
-def test_private_names_stand_in_four_files_or_in_the_list() -> None:
+def test_private_names_stand_in_five_files_or_in_the_list() -> None:
     trees = files()
     own = own_names(trees)
     allowed = set(EVERYWHERE) | INHERITED
-    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_FOUR}
+    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_FIVE}
     found = {name: private for name, private in found.items() if private}
-    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_FOUR)}: {found}"
+    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_FIVE)}: {found}"
 
 
 def test_nothing_in_the_list_is_left_over() -> None:
@@ -236,10 +242,10 @@ def test_no_class_takes_a_private_name_that_a_class_it_extends_has() -> None:
     assert seen == INHERITED, "not taken any more, or not found any more"
 
 
-def test_every_private_name_of_the_four_files_is_checked_below() -> None:
+def test_every_private_name_of_the_five_files_is_checked_below() -> None:
     trees = files()
     own = own_names(trees)
-    found = {name for file in THE_FOUR for name in foreign(trees[file], own)} - OURS
+    found = {name for file in THE_FIVE for name in foreign(trees[file], own)} - OURS
     assert found - set(CHECKS) == set(), "write a check: that it exists, and means what is relied on"
     assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
 
@@ -438,6 +444,30 @@ def throughput_is_counted_by_stage() -> None:
     trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.TRAINING
     monitor.setup(trainer, BoringModel(), "fit")
     assert monitor._throughputs and all(t.world_size == 1 for t in monitor._throughputs.values())
+
+
+@relied_on("_monitor_candidates", "_enable_version_counter", "_ModelCheckpoint__resolve_ckpt_dir")
+def model_checkpoint_decides_and_then_calls() -> None:
+    """ModelCheckpoint._save_topk_checkpoint and _save_last_checkpoint set what is remembered, call _save_checkpoint,
+    and then _remove_checkpoint for what was replaced; a time interval of 0 saves after each batch."""
+    kind = ModelCheckpoint
+    for name in ("_save_none_monitor_checkpoint", "_update_best_and_save", "_save_last_checkpoint"):
+        text = inspect.getsource(getattr(kind, name))
+        assert text.index("self._save_checkpoint(trainer, filepath)") < text.index("self._remove_checkpoint(trainer, ")
+    text = inspect.getsource(kind._save_last_checkpoint)
+    assert "self._enable_version_counter" in text and "!= self.last_model_path" in text
+    assert "self._link_checkpoint(trainer, self._last_checkpoint_saved, filepath)" in text
+    text = inspect.getsource(kind._save_checkpoint)
+    assert "self._last_global_step_saved = trainer.global_step" in text and "after_save_checkpoint(proxy(self))" in text
+    text = inspect.getsource(kind.on_train_batch_end)
+    assert "skip_time = trainer.strategy.broadcast(skip_time)" in text
+    assert "train_time_interval = self._train_time_interval" in text and "self._every_n_train_steps < 1" in text
+    text = inspect.getsource(type(L.Trainer(barebones=True)._checkpoint_connector)._parse_ckpt_path)
+    assert "candidates |= callback._find_last_checkpoints(self.trainer)" in text
+    assert set(_model_checkpoint._MEMORY) <= vars(kind(monitor="x")).keys()
+    trainer = L.Trainer(logger=False, accelerator="cpu", default_root_dir="elsewhere")
+    assert Path(kind()._ModelCheckpoint__resolve_ckpt_dir(trainer)).parts[-2:] == ("elsewhere", "checkpoints")
+    assert set(kind()._monitor_candidates(trainer)) == {"epoch", "step"}
 
 
 @relied_on("_max_depth", "_summary", "_get_summary_data")
@@ -670,4 +700,4 @@ def test_it_exists_and_means_what_is_relied_on(check: Callable[[], None]) -> Non
     try:
         check()
     except Exception as error:
-        raise AssertionError(f"{names}: no longer what the four files ask: {check.__doc__}") from error
+        raise AssertionError(f"{names}: no longer what the five files ask: {check.__doc__}") from error

@@ -1,0 +1,196 @@
+"""``ModelCheckpoint`` for runs that break."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_bharat import events
+from lightning_bharat.callbacks.background_checkpoint import BackgroundCheckpoint
+from lightning_bharat.callbacks.stop_request import StopRequest, in_words, requeue
+from lightning_bharat.checkpoints.errors import on_rank_zero
+from lightning_bharat.checkpoints.interval import best_interval, between_failures
+from lightning_bharat.checkpoints.lock import FolderLock
+from lightning_bharat.checkpoints.newest import newest_of
+from lightning_bharat.strategies.collectives import highest
+from lightning_bharat.strategies.ends_together import Stopped
+
+FIRST_SAVE = 60.0  # seconds of training, by when it is known what a step takes, and not what a save costs
+
+
+class FaultTolerantCheckpoint(BackgroundCheckpoint):
+    """Lightning's ``ModelCheckpoint`` with all of its arguments and behaviour, for runs that break.
+
+    Under ``bharat_hybrid`` a save stops training for a copy to host memory alone; it is written and committed by a
+    thread. The next save, and the end of the run, wait for it. What it replaces is removed after it is committed. A
+    save of the same step under a second name (``save_last=True``) is written once; both names share the files' bytes.
+    Under other strategies, and with ``save_distributed_checkpoint=False``, a save is written before training goes on.
+
+    ``ckpt_path="last"`` goes on from the newest whole checkpoint of this run, also where Lightning has given the run a
+    new ``version_N``, and begins anew where there is none; the run then writes into that folder. ``"best"`` is the best
+    one that it knows of.
+
+    Args:
+        args, kwargs: of ``ModelCheckpoint``.
+        interval: ``"auto"`` saves as often as costs and failures make best (Young and Daly), by the seconds that a save
+            stops training and the failures of this run so far; in the place of ``every_n_train_steps``,
+            ``every_n_epochs`` and ``train_time_interval``.
+        time_between_failures: what ``"auto"`` takes until it has seen a failure.
+        stop_signals: names or numbers; when a rank gets one, all save after the same step and leave the trainer by
+            :class:`Stopped`, which ends the process with exit code 0.
+        time_limit: likewise before this time is over, counted from the start of training; ``None``: before the Slurm
+            job ends, if there is one.
+        max_failed_saves: saves that may fail in a row, for lack of space or by another fault of the disk, with a
+            warning and the older checkpoints in place; the next one raises.
+
+    Raises:
+        ValueError: an argument that can't be, by name.
+        CheckpointError: on all ranks: another run writes to this folder; in training, after the same step, more saves
+            have failed than may.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        interval: Literal["auto"] | None = None,
+        time_between_failures: timedelta = timedelta(days=1),
+        stop_signals: Sequence[str | int] = ("SIGTERM", "SIGUSR1"),
+        time_limit: timedelta | None = None,
+        max_failed_saves: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        triggers = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
+        given = [name for name in triggers if kwargs.get(name) is not None]
+        if interval not in (None, "auto"):
+            raise ValueError(f"interval={interval!r}: write 'auto', or train_time_interval=timedelta(...)")
+        if interval and given:
+            raise ValueError(f"interval='auto' and {given[0]} are given; leave one of them out")
+        super().__init__(*args, max_failed_saves=max_failed_saves, **kwargs)
+        self.interval, self.time_between_failures = interval, time_between_failures
+        self._request = StopRequest(stop_signals, time_limit)
+        self._asked_folder = self.dirpath
+        self._lock: FolderLock | None = None
+        self._is_training = False
+        self._steps = 0
+        self._next_save = 0.0
+        self._longest_step = 0.0
+        self._batch_began = 0.0
+        if interval:
+            self.save_by_own_clock()
+
+    # ---- a run begins and ends
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._lock = self._lock or FolderLock(Path(str(self.dirpath)))
+            on_rank_zero(self._lock.take)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._request.start()
+        self._steps = trainer.global_step
+        self._batch_began = time.monotonic()
+        if not self._is_training:  # else it goes on, in another layout
+            self.event(trainer, "train_start", step=trainer.global_step, ckpt_path=str(trainer.ckpt_path or ""))
+        self._is_training = True
+        self._plan_next(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.event(trainer, "train_end", step=trainer.global_step)
+        self._request.stop()  # Lightning puts back what was there before it came
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._leave()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._is_training = False
+        self._request.stop()
+        if self._lock is not None:
+            self._lock.release()
+
+    # ---- after a step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        asked, due, writing = self._agree(trainer)
+        if self.is_writing and not writing:
+            self.settle(trainer)
+        if self.interval:
+            self.let_time_be(bool(due))
+        super().on_train_batch_end(trainer, *args)
+        if due:
+            self._plan_next(trainer)
+        if asked:
+            self._stop(trainer, asked)
+
+    def _agree(self, trainer: pl.Trainer) -> tuple[int, int, int]:
+        """Whether to stop, whether a save is due, and whether one is being written. The same on all ranks."""
+        now, stepped = time.monotonic(), trainer.global_step != self._steps  # else gradients would be lost
+        self._longest_step = max(self._longest_step, now - self._batch_began)
+        asked = self._request.asks(2 * (self.seconds + self._longest_step)) if stepped else 0
+        due = bool(self.interval) and stepped and trainer.is_global_zero and now > self._next_save
+        self._steps, self._batch_began = trainer.global_step, now
+        found = highest(trainer, [asked, due, self.is_writing and not self.is_written(trainer)])
+        return found[0], found[1], found[2]
+
+    def _plan_next(self, trainer: pl.Trainer) -> None:
+        """By rank 0's clock."""
+        if not (self.interval and trainer.is_global_zero):
+            return
+        seconds = FIRST_SAVE
+        if self.stall:
+            known = events.read(Path(trainer.default_root_dir))
+            default = self.time_between_failures.total_seconds()
+            seconds = best_interval(self.stall, between_failures(known, time.time(), default))
+        self._next_save = time.monotonic() + max(seconds, self.seconds)
+
+    def _stop(self, trainer: pl.Trainer, asked: int) -> None:
+        if not self.is_saved(trainer):
+            self.save_last_now(trainer)
+        self.settle(trainer)
+        why = in_words(asked)
+        self.event(trainer, "stop", step=trainer.global_step, why=why)
+        rank_zero_info(f"Stopped after step {trainer.global_step} by {why}; ckpt_path='last' goes on.")
+        if trainer.is_global_zero:
+            self._requeue(trainer)
+        raise Stopped(trainer.global_step, why)
+
+    def _requeue(self, trainer: pl.Trainer) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        job = os.environ.get("SLURM_JOB_ID")
+        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue and job):
+            return
+        try:
+            requeue(job)
+        except (OSError, subprocess.SubprocessError) as error:
+            rank_zero_warn(f"Slurm did not take job {job} into its queue again: {error}")
+
+    # ---- going on
+
+    def find_last(self, trainer: pl.Trainer) -> set[str]:
+        """The newest whole checkpoint. Other ranks than the first look at sizes only: the first one's counts."""
+        found = newest_of(self._folders(trainer), rank_zero_warn, every_byte=trainer.is_global_zero)
+        if found is not None and self._asked_folder is None and found.parent.name == "checkpoints":
+            self.dirpath = str(found.parent)
+        return {str(found)} if found else set()
+
+    def _folders(self, trainer: pl.Trainer) -> list[Path]:
+        """Where this run may have written, of which Lightning's loggers give each start another one."""
+        folder = self.folder(trainer)
+        if self._asked_folder is not None or not trainer.loggers:
+            return [folder]
+        return sorted(folder.parent.parent.glob("*/checkpoints"))
