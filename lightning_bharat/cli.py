@@ -58,6 +58,7 @@ COMMANDS = {
     "checkpoint list": Command("list the checkpoints of a folder", "lightning_bharat.commands.checkpoints:list_all"),
     "checkpoint verify": Command("read every byte of checkpoints", "lightning_bharat.commands.checkpoints:verify"),
     "checkpoint diff": Command("compare the tensors of two checkpoints", "lightning_bharat.commands.checkpoints:diff"),
+    "checkpoint history": Command("print what happened to a run", "lightning_bharat.commands.history:history"),
     "checkpoint prune": Command("remove old checkpoints", "lightning_bharat.commands.checkpoints:prune"),
 }
 

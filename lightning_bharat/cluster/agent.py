@@ -206,6 +206,7 @@ class WarmAgent(LocalElasticAgent):
             ranks=list(failure.ranks),
             words=failure.words,
             step=reached,
+            progress=self._got_on(),
             report=report,
         )
         self._tell(failure, report)
@@ -221,6 +222,12 @@ class WarmAgent(LocalElasticAgent):
     def _reached(self) -> int:
         assert self._ranks is not None
         return max((pulse.step for pulse in self._ranks.pulses().values()), default=NO_STEP)
+
+    def _got_on(self) -> float:
+        """When a rank last got on, on the wall clock; now, where none says so."""
+        assert self._ranks is not None
+        last = max((pulse.progress for pulse in self._ranks.pulses().values() if pulse.step >= 0), default=0.0)
+        return time.time() - (time.monotonic() - last if last else 0.0)
 
     def _process_failures(self, group: WorkerGroup) -> dict[int, ProcessFailure]:
         """As torchelastic reports them."""

@@ -10,7 +10,9 @@ from typing import Literal
 
 from lightning_bharat.cluster.heartbeat import NO_STEP
 
-Cause = Literal["exception", "signal", "exit code", "stopped", "hung", "lost connection"]
+Cause = Literal["exception", "signal", "exit code", "stopped", "hung", "lost connection", "health"]
+# By these HealthMonitor asks for a restart: EX_TEMPFAIL of sysexits.h, and an exception of this name.
+ASKS, ASKS_BY = 75, "HealthError"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Failure:
     """What ended an attempt.
 
     Attributes:
-        cause: in one of seven words.
+        cause: in a word.
         ranks: where it began, as far as this host can tell; none: on another host.
         words: in one line.
         step: optimizer steps that were done there; -1: not known.
@@ -100,6 +102,8 @@ def _cause(end: RankEnd) -> Cause:
         return "lost connection"
     if end.exit_code < 0:
         return "signal"
+    if end.exit_code == ASKS or end.kind == ASKS_BY:
+        return "health"
     return "exception" if end.kind else "exit code"
 
 
