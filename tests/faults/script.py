@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 
 from lightning_bharat import HybridStrategy
+from lightning_bharat.callbacks import FaultTolerantCheckpoint
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.whole import checkpoints_in
 from tests.strategies.test_resume import Gpt
@@ -102,7 +103,7 @@ def main(folder: Path, layout: list[int], steps: int, faults: list[Fault]) -> No
     if watching.rank == 0:
         watching.write("found", [watching.attempt, Manifest.read(saved).step if saved else 0])
     L.seed_everything(1, verbose=False)
-    keep = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1)
+    keep = FaultTolerantCheckpoint(folder / "saved", "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1)
     trainer = L.Trainer(
         strategy=HybridStrategy(*layout),
         devices=int(os.environ["WORLD_SIZE"]),
@@ -116,7 +117,7 @@ def main(folder: Path, layout: list[int], steps: int, faults: list[Fault]) -> No
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Gpt(), ckpt_path=saved)
+    trainer.fit(Gpt(), ckpt_path="last")
     if watching.rank == 0:
         watching.write("ended", trainer.global_step)
 
