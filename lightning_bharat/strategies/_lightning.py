@@ -24,6 +24,7 @@ from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException
@@ -32,6 +33,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_bharat.strategies._torchmetrics import know_of_updates
 from lightning_bharat.strategies.attempt_store import store_of_attempt
 
 __all__ = ["NOT_AN_ERROR", "SubprocessLauncher"]
@@ -184,11 +186,76 @@ def around_training_loaders(trainer: pl.Trainer, begin: Callable[[], None], end:
     _around(trainer.fit_loop, "setup_data", begin, end, what="loaders")
 
 
-def load_positions(trainer: pl.Trainer) -> None:
+def follow_loops(trainer: pl.Trainer, follower: Any) -> None:
+    """Call the methods of ``follower``, a :class:`~lightning_bharat.strategies.goes_on.GoesOn`, at what they name."""
+    loop: Any = trainer.fit_loop
+    epoch, validation = loop.epoch_loop, loop.epoch_loop.val_loop
+    _around(loop, "setup_data", after=follower.loaders_made, what="resume")
+    _around(loop, "on_advance_end", after=follower.epoch_ended, what="resume")
+
+    def begun() -> None:
+        batches = epoch.batch_progress.current.ready
+        follower.epoch_begins(batches)
+        if batches > 0:
+            # Plateau schedulers see what was logged before, and what this epoch logs.
+            loop._restarting = False
+
+    def again() -> None:
+        """A validation that was stopped is run from its first batch on."""
+        total: Any = validation.batch_progress.total
+        if validation.restarting:
+            total.ready = total.started = total.processed = total.completed
+
+    _around(epoch, "on_run_start", after=begun, what="resume")
+    _around(validation, "reset", before=follower.validation_begins, after=again, what="resume")
+
+
+def in_validation(trainer: pl.Trainer) -> bool:
+    """Whether a validation in the middle of training has begun and not come to its last batch's end."""
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    finished = progress.is_last_batch and progress.current.completed == progress.current.ready
+    return trainer.state.fn == TrainerFn.FITTING and trainer.validating and not finished
+
+
+def before_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's dict, saved :func:`in_validation`, such that this is run again from its first batch on.
+
+    Lightning goes on behind the batch that it had come to, without what was logged before, and may count the one that
+    follows as the last (its issue 19549).
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    total: Any = progress.total
+    before = total.completed - progress.current.completed
+    # So one says that it is in the middle: one batch has been started more than were processed.
+    middle = {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+    none = dict.fromkeys(middle, 0)
+    key = "epoch_loop.val_loop.batch_progress"
+    of_fit = {**checkpoint["loops"]["fit_loop"], key: {"total": middle, "current": none, "is_last_batch": False}}
+    return {**checkpoint, "loops": {**checkpoint["loops"], "fit_loop": of_fit}}
+
+
+def training_loaders(trainer: pl.Trainer) -> list[Any]:
+    """Those that training goes through."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def leave_finished_epoch(trainer: pl.Trainer) -> None:
+    """Begin with the next epoch where the one of a checkpoint was through, also in a run that counts steps: Lightning
+    would go on in it, call the hooks of its end again and count it twice. After the loops have read their state."""
+    loop: Any = trainer.fit_loop
+    now = loop.epoch_progress.current
+    if loop.restarting and now.ready == now.started == now.processed and loop.epoch_loop.batch_progress.is_last_batch:
+        loop._restarting = loop.epoch_loop.restarting = False
+
+
+def load_positions(trainer: pl.Trainer, begin_epoch: Callable[[Any, int], None]) -> None:
     """Let training loaders that were made before the checkpoint was read (for ``trainer.estimated_stepping_batches``)
-    read their positions, too. After the loops have read their state."""
-    loop = trainer.fit_loop
+    know their epoch, by ``begin_epoch``, and read their positions, too. After the loops have read their state."""
+    loop: Any = trainer.fit_loop
     if loop._data_fetcher is not None and loop._combined_loader_states_to_load:
+        for loader in training_loaders(trainer):
+            begin_epoch(loader, loop.epoch_progress.current.processed)
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)
 
@@ -213,6 +280,91 @@ def share_logged(trainer: pl.Trainer, data: int, data_after: int) -> None:
         elif meta.is_sum_reduction:
             metric.value = metric.value / data_after
         metric._computed = None
+
+
+def last_values(trainer: pl.Trainer) -> dict[str, Any]:
+    """The values that callbacks and schedulers look at, as they were last."""
+    connector = trainer._logger_connector
+    return {name: value.detach().cpu().clone() for name, value in connector._callback_metrics.items()}
+
+
+def put_last_values(trainer: pl.Trainer, values: Mapping[str, Any]) -> None:
+    """After Lightning has cleared its own."""
+    device = trainer.strategy.root_device
+    trainer._logger_connector._callback_metrics.update({name: value.to(device) for name, value in values.items()})
+
+
+def end_epoch(trainer: pl.Trainer) -> None:
+    """Let plateau schedulers see the end of the epoch, where the checkpoint was written in its last hook: Lightning
+    goes on with the next epoch, though they come after the hook."""
+    loop = trainer.fit_loop
+    if not (loop.restarted_on_epoch_end or loop.resumed_on_epoch_end):
+        return
+    looked_at = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    if looked_at and all(name in trainer.callback_metrics for name in looked_at):
+        loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+_OF_LOGGED = (
+    *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx"),
+    *("dataloader_idx", "metric_attribute"),
+)
+
+
+def logged(trainer: pl.Trainer) -> dict[str, Any]:
+    """What ``self.log`` has added up in this epoch of training, as plain data."""
+    found = {}
+    for key, metric in trainer.fit_loop.epoch_loop._results.items():
+        meta, sync = metric.meta, metric.meta.sync
+        if metric.has_reset or not meta.on_epoch or sync.group is not None:
+            continue
+        found[key] = {
+            "meta": {name: getattr(meta, name) for name in _OF_LOGGED},
+            "reduce": meta.reduce_fx.__name__,
+            "sync": {"_should": sync.should, "rank_zero_only": sync.rank_zero_only},
+            "states": {name: getattr(metric, name).detach().cpu().clone() for name in _sums(metric)},
+        }
+    return found
+
+
+def _sums(metric: Any) -> tuple[str, ...]:
+    """A metric of the module that is logged has its states itself."""
+    if not metric.is_tensor:
+        return ()
+    return ("value", "cumulated_batch_size") if metric.meta.is_mean_reduction else ("value",)
+
+
+def put_logged(trainer: pl.Trainer, saved: Mapping[str, Any]) -> None:
+    """Go on adding to it."""
+    device, results = trainer.strategy.root_device, trainer.fit_loop.epoch_loop._results
+    for key, said in saved.items():
+        meta = _Metadata(reduce_fx=getattr(torch, said["reduce"]), **said["meta"])
+        meta.sync = _Sync(fn=trainer.strategy.reduce, **said["sync"])
+        metric = _ResultMetric(meta, is_tensor=bool(said["states"]))
+        if not said["states"]:
+            metric.value = trainer.lightning_module.get_submodule(said["meta"]["metric_attribute"])
+        for name, value in said["states"].items():
+            setattr(metric, name, value)
+        know_of_updates(metric, 1)
+        results[key] = metric.to(device)
+    trainer._logger_connector._first_loop_iter = False  # with the first batch of an epoch it begins anew
+
+
+def shared_out(of_ranks: list[Mapping[str, Any]], data: int) -> dict[str, Any]:
+    """What each of ``data`` ranks goes on with, of what others have logged."""
+    found = {}
+    for key, first in of_ranks[0].items():
+        states, own = {}, [logged[key]["states"] for logged in of_ranks if key in logged]
+        for name, value in first["states"].items():
+            every = torch.stack([states[name].double() for states in own])
+            if first["reduce"] in ("max", "min"):
+                value = getattr(every, first["reduce"])(0)
+                value = value if isinstance(value, torch.Tensor) else value.values
+            else:
+                value = every.sum(0) / data
+            states[name] = value
+        found[key] = {**first, "states": states}
+    return {key: said for key, said in found.items() if said["states"]}
 
 
 class LeftRun:
@@ -339,6 +491,15 @@ def add_precision(config: dict[str, Any], precision: str, strategy: DeepSpeedStr
 def accumulates(trainer: pl.Trainer) -> bool:
     """Whether the batch that is being run is followed by another one before the optimizer steps."""
     return trainer.fit_loop._should_accumulate()
+
+
+def in_window(trainer: pl.Trainer) -> bool:
+    """Whether batches were trained on whose gradients no step of the optimizer has used yet."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    done = progress.current.processed
+    fitting = trainer.state.fn == TrainerFn.FITTING and trainer.lightning_module.automatic_optimization
+    last = (progress.is_last_batch and done == progress.current.ready) or done >= trainer.num_training_batches
+    return fitting and not last and done % trainer.accumulate_grad_batches != 0
 
 
 def meet_by_deepspeed(strategy: Any) -> None:

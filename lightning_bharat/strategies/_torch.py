@@ -273,13 +273,6 @@ def default_store() -> Store:
     return _get_default_store()
 
 
-def flight_record() -> str:
-    """What backends remember of their collectives, as JSON; empty where nothing is recorded (``TORCH_FR_BUFFER_SIZE``
-    says how many they keep)."""
-    dump: Any = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json")  # noqa: B009 - its types do not know it
-    return dump().decode(errors="replace")
-
-
 def is_recomputed() -> bool:
     """Whether ``torch.utils.checkpoint`` is going to compute again, in the backward pass, what is computed now."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -299,3 +292,41 @@ def innermost_function_mode() -> TorchFunctionMode | None:
 def without_innermost_function_mode() -> AbstractContextManager[TorchFunctionMode]:
     """In here it sees nothing."""
     return _pop_mode_temporarily()
+
+
+def own_gradients(module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Gradients that FSDP has not exchanged yet: this rank's, of whole weights."""
+    for parameter in _fsdp_parameters_of(module):
+        grad = parameter.unsharded_accumulated_grad
+        if grad is None and hasattr(parameter, "_unsharded_param"):
+            grad = parameter._unsharded_param.grad
+        if grad is not None:
+            yield parameter.sharded_param, grad
+
+
+def gradient_records(module: nn.Module) -> dict[int, OwnGradient]:
+    """By the ``id`` of a divided parameter where its gradient is added up before it is exchanged."""
+    return {id(parameter.sharded_param): OwnGradient(parameter) for parameter in _fsdp_parameters_of(module)}
+
+
+class OwnGradient:
+    """The gradient of a whole weight that FSDP keeps until it is exchanged."""
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+
+    def whole_like(self) -> Tensor:
+        """A tensor of its shape, without values."""
+        local = self._parameter.sharded_param.to_local()
+        return torch.empty(self._parameter._orig_size, dtype=local.dtype, device=local.device)
+
+    def add_to(self, grad: Tensor) -> None:
+        """Let the next backward pass add to ``grad``."""
+        self._parameter.unsharded_accumulated_grad = grad
+
+
+def _fsdp_parameters_of(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                yield from group.fsdp_params

@@ -69,3 +69,20 @@ def forget(metric: Metric) -> None:
             value: Any = default.detach().clone().to(metric.device) if isinstance(default, Tensor) else []
             setattr(metric, key, value)
     metric._computed = None
+
+
+def unsaved(metric: Metric) -> dict[str, Any]:
+    """Copies of the states of ``metric`` that are not in its ``state_dict``, in host memory."""
+    states = {key: getattr(metric, key) for key in metric._defaults if not metric._persistent[key]}
+    return {key: _map(lambda t: t.detach().cpu().clone(), value) for key, value in states.items()}
+
+
+def take_up(metric: Metric, states: dict[str, Any], updates: int) -> None:
+    """Go on from :func:`unsaved`."""
+    for key, value in states.items():
+        setattr(metric, key, _map(lambda t: t.to(metric.device), value))
+    metric._update_count, metric._computed = updates, None
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    return [function(each) for each in value] if isinstance(value, list) else function(value)

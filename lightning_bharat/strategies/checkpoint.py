@@ -31,7 +31,7 @@ from lightning_bharat.checkpoints.stages import Stages
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import metric_states
+from lightning_bharat.strategies import _lightning, metric_states
 from lightning_bharat.strategies.background_saves import BackgroundSaves
 from lightning_bharat.strategies.randomness import RandomStates
 
@@ -112,8 +112,7 @@ class ShardedCheckpoints(_Base):
         path = directory.local_path(self.broadcast(filepath))
         module = self._module()
         manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module, self.batches())
-        checkpoint = self.random_states.with_states(checkpoint, self.layout, self.root_device)
-        checkpoint = with_positions(checkpoint, self.layout)
+        checkpoint = with_positions(self.to_go_on(checkpoint), self.layout)
         if self.save_distributed_checkpoint:
             state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
             content = {**checkpoint, "state_dict": state}
@@ -121,6 +120,11 @@ class ShardedCheckpoints(_Base):
             self.saves.save(path, content, manifest)
         else:
             on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
+
+    def to_go_on(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """``checkpoint`` with what Lightning does not save. All ranks must call it."""
+        again = _lightning.in_validation(self._module().trainer)
+        return self.random_states.with_states(checkpoint, self.layout, self.root_device, again)
 
     def plan_to_save(self) -> ModelPlan | None:
         """With what was learnt about the model since. All ranks must call it."""
@@ -171,7 +175,7 @@ class ShardedCheckpoints(_Base):
                 optimizers.load_state(optimizer, names, self.slices, state)
 
         together(load)
-        self.random_states.read(checkpoint, self.layout, self.global_rank)
+        self.random_states.read(checkpoint, self.layout, self.global_rank, self.root_device)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; a process killed meanwhile leaves no half one."""

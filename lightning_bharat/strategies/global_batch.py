@@ -106,7 +106,9 @@ class KeepsBatch(_Base):
             _resize(loader, size)
             rank_zero_info(f"batch_size={given}: {size} rows on each of {data} data ranks keep the global batch.")
         assert self.lightning_module is not None
-        progress: Any = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress
+        loop: Any = self.lightning_module.trainer.fit_loop
+        placed.begin_epoch(loader, loop.epoch_progress.current.processed)
+        progress: Any = loop.epoch_loop.batch_progress
         if placed.has_known_order(loader):
             placed.place(loader, data, lambda: progress.current.processed)
         return Batches(given, size, data)

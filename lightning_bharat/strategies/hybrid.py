@@ -19,11 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bharat.checkpoints.errors import together
 from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import by_cost, stages_of
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import _lightning, already_cut
+from lightning_bharat.strategies import _lightning, accumulated, already_cut
 from lightning_bharat.strategies.arguments import known_arguments
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
@@ -31,10 +32,12 @@ from lightning_bharat.strategies.choose import Predicted
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
 from lightning_bharat.strategies.global_batch import KeepsBatch
+from lightning_bharat.strategies.goes_on import GoesOn
 from lightning_bharat.strategies.loaders import TogetherLoaders
 from lightning_bharat.strategies.optimizer_proof import prove_optimizer
 from lightning_bharat.strategies.options import Auto, Options
 from lightning_bharat.strategies.pipeline import Pipeline
+from lightning_bharat.strategies.placed import begin_epoch
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.randomness import agree_on_random_numbers, apart
@@ -44,6 +47,7 @@ from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
 from lightning_bharat.strategies.timeline import Timeline
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
+from lightning_bharat.strategies.unfinished import Unfinished
 from lightning_bharat.strategies.whole_norms import WholeNorms, hooks_see_gradients
 
 
@@ -142,6 +146,8 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         self.slices: dict[str, TensorSlice] = {}
         self._has_stepped = False
         self._tokens: TokenWeights | None = None
+        self._unfinished = Unfinished()
+        self._accumulated: dict[str, Any] | None = None  # gradients that the run goes on with
 
     # ---- setting up
 
@@ -204,6 +210,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
                 self._prepared.watch(optimizer)
             self.keep_run()
             self.watch_steps()
+            GoesOn(trainer, self.random_states, self._unfinished, self.root_device)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self.optimizers, self.lr_scheduler_configs = [], []  # those of an earlier run
@@ -212,8 +219,35 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         resume_callbacks(self._module(), self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
-        _lightning.load_positions(self._module().trainer)
+        self._accumulated = checkpoint.get(accumulated.GRADIENTS)
+        accumulated.refuse(self._accumulated)
+        if self._left is None:  # else Lightning keeps it
+            self._unfinished.read(checkpoint, self.layout, self.global_rank)
+        _lightning.leave_finished_epoch(self._module().trainer)
+        _lightning.load_positions(self._module().trainer, begin_epoch)
         self.go_on()
+
+    def to_go_on(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        module = self._module()
+        if _lightning.in_validation(module.trainer):
+            checkpoint = _lightning.before_validation(module.trainer, checkpoint)
+        checkpoint = super().to_go_on(checkpoint)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            checkpoint = self._unfinished.with_state(checkpoint, module.trainer, self.layout)
+        if not _lightning.in_window(module.trainer):
+            return checkpoint
+        if refused := self._without_gradients():
+            return {**checkpoint, accumulated.GRADIENTS: {"refused": refused}}
+        found = accumulated.of_window(module, self.slices, self.layout, self.global_rank)
+        return {**checkpoint, accumulated.GRADIENTS: found}
+
+    def _without_gradients(self) -> str:
+        """Why those of a window that has begun are not in checkpoints; "" if they are."""
+        if self.layout.pipeline > 1:
+            return "stages of a pipeline have others"
+        if self._tokens is not None:
+            return "token_weighted=True weighs them with the next ones"
+        return "" if self.save_distributed_checkpoint else "a plain .ckpt has none"
 
     def model_to_device(self) -> None:
         """Done when the module is prepared, block by block."""
@@ -242,9 +276,14 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
     def on_train_start(self) -> None:
         super().on_train_start()
         self.random_states.run_starts(self.root_device)
+        self._unfinished.run_starts(self._module().trainer)
+        if self._accumulated is not None:  # not before: Lightning clears gradients when a run begins
+            saved, self._accumulated = self._accumulated, None
+            take_up = partial(accumulated.take_up, saved, self._module(), self.slices, self.layout, self.global_rank)
+            together(take_up)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.random_states.batch_starts(batch_idx, self.root_device)
+        self.random_states.batch_starts(self.root_device)
         if batch_idx == 0 and self._prepared is not None:
             self._prepared.refuse_hooks()
 

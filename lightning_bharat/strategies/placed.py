@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+
+from lightning_bharat.strategies.worker_seeds import SeededSamples
 
 _ORDERED = (DistributedSampler, SequentialSampler)
 
@@ -35,20 +38,26 @@ class PlacedBatches(BatchSampler):
     """torch's own, which can begin in the middle of an epoch."""
 
     _next: tuple[int | None, int] | None = None
+    in_workers = False
 
     def go_to(self, epoch: int | None, batches: int) -> None:
         """Begin the next iteration behind so many batches of that epoch."""
         self._next = epoch, batches
 
+    def forget_place(self) -> None:
+        """Begin the next iteration with the first batch."""
+        self._next = None
+
     def __iter__(self) -> Iterator[list[int]]:
         place, self._next = self._next, None
-        if place is None:
-            yield from super().__iter__()
-            return
-        epoch, skipped = place
+        epoch, skipped = place or (None, 0)
         if epoch is not None:  # Lightning says it later than a loader with workers wants to know
             self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        yield from islice(super().__iter__(), skipped, None)
+        batches: Iterator[list[int]] = islice(super().__iter__(), skipped, None)
+        if self.in_workers:
+            seed, number = torch.initial_seed(), getattr(self.sampler, "epoch", 0)
+            batches = (SeededSamples(batch, seed, number) for batch in batches)
+        yield from batches
 
 
 def _state_dict(loader: Any) -> dict[str, Any]:
@@ -81,6 +90,35 @@ def place(loader: Any, data_ranks: int, finished: Callable[[], int]) -> None:
     batches = loader.batch_sampler
     # A DataLoader refuses to be changed.
     loader.__dict__["batch_sampler"] = PlacedBatches(batches.sampler, batches.batch_size, batches.drop_last)
+    loader.batch_sampler.in_workers = loader.num_workers > 0
+
+
+def begin_epoch(loader: Any, epoch: int) -> None:
+    """Let ``loader`` begin with the order of that epoch: Lightning tells samplers when workers have read their first
+    batches, and litdata's loader nothing where it goes on at an epoch's end."""
+    if type(getattr(loader, "sampler", None)) is DistributedSampler:
+        loader.sampler.set_epoch(epoch)
+    elif is_streaming(loader):
+        loader.current_epoch = epoch
+
+
+def end_epoch(loader: Any) -> None:
+    """Forget a place in the epoch that has ended.
+
+    litdata's loader takes the rest of an epoch for the next one, after a resume, until it was asked for a batch more
+    than there are, which Lightning does not do.
+    """
+    if is_streaming(loader):
+        loader.restore = False
+    elif type(batches := getattr(loader, "batch_sampler", None)) is PlacedBatches:
+        batches.forget_place()
+
+
+def is_streaming(loader: object) -> bool:
+    """Whether ``loader`` is litdata's."""
+    return isinstance(loader, DataLoader) and any(
+        kind.__name__ == "StreamingDataLoader" for kind in type(loader).__mro__
+    )
 
 
 def resize(loader: Any, batch_size: int) -> None:

@@ -47,16 +47,29 @@ class RandomStates:
     """The states of a rank's generators in checkpoints, by data ranks: others agree with theirs.
 
     With as many data ranks as before each finds its own; else all take the first one's.
+
+    A run that goes on begins things again that the other had begun before it saved: iterations over loaders draw
+    numbers. So the saved states are set before what follows them in an uninterrupted run, and after what does not.
     """
 
     KEY = "lightning_bharat_random"
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
+        self._begun: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
+        self._begins_late = False
 
-    def with_states(self, checkpoint: dict[str, Any], layout: Layout, device: torch.device) -> dict[str, Any]:
-        """Lightning's dict with the states of all data ranks, or the one that they share. All ranks must call it."""
-        of_data = [_plain(_states(device))]
+    def with_states(
+        self, checkpoint: dict[str, Any], layout: Layout, device: torch.device, in_validation: bool = False
+    ) -> dict[str, Any]:
+        """Lightning's dict with the states of all data ranks, or the one that they share. All ranks must call it.
+
+        Args:
+            in_validation: states are those of its beginning, for it is run anew.
+        """
+        begun = self._before_validation if in_validation else None
+        of_data = [_plain(begun or _states(device))]
         if dist.is_initialized():
             own, digests = of_data[0], [0] * dist.get_world_size()
             dist.all_gather_object(digests, _digest(own))
@@ -67,23 +80,49 @@ class RandomStates:
                 of_data = [everyone[rank] for rank in ranks]
         return {**checkpoint, self.KEY: of_data}
 
-    def read(self, checkpoint: Mapping[str, Any], layout: Layout, rank: int) -> None:
-        """Remember what is to be drawn from when the run goes on."""
+    def read(self, checkpoint: Mapping[str, Any], layout: Layout, rank: int, device: torch.device) -> None:
+        """Draw on from the states of a checkpoint. The first iteration over the loaders comes next."""
         of_data = checkpoint.get(self.KEY)  # not in a checkpoint of plain Lightning
         if of_data:
             mine = layout.coordinates(rank)["data"] if len(of_data) == layout.data else 0
-            self._saved = of_data[mine]
+            self._saved = _from_plain(of_data[mine])
+            _set_states(self._saved, device)
+
+    def loaders_begun(self, device: torch.device) -> None:
+        """Training loaders have been iterated over, which an uninterrupted run does at the beginning of an epoch."""
+        if self._saved is not None:
+            self._begun = _states(device)
 
     def run_starts(self, device: torch.device) -> None:
-        """The run goes on, and may begin an epoch, whose order it draws."""
-        if self._saved is not None:
-            _set_states(_from_plain(self._saved), device)
+        """Hooks of the start have drawn numbers, which those of the uninterrupted run did long ago."""
+        if self._begun is not None:
+            _set_states(self._begun, device)
+        self._begun = None
 
-    def batch_starts(self, index: int, device: torch.device) -> None:
-        """Of the first batch: in the middle of an epoch, to begin its loaders again has drawn numbers once more."""
-        if self._saved is not None and index > 0:
-            _set_states(_from_plain(self._saved), device)
+    def epoch_goes_on(self, batches: int, begins_late: bool, device: torch.device) -> None:
+        """The next batch follows ``batches`` of this epoch.
+
+        Args:
+            begins_late: loaders begin to work when they are asked for it, and draw numbers then.
+        """
+        if batches == 0:
+            self._saved = None
+        elif self._saved is not None:
+            _set_states(self._saved, device)
+            self._begins_late = begins_late
+
+    def validation_begins(self, device: torch.device) -> None:
+        """In a run that goes on: by the last batch that it has trained on."""
+        if self._saved is not None:
+            _set_states(self._saved, device)
         self._saved = None
+        self._before_validation = _states(device)
+
+    def batch_starts(self, device: torch.device) -> None:
+        """The run has gone on with a batch."""
+        if self._saved is not None and self._begins_late:
+            _set_states(self._saved, device)
+        self._saved, self._begins_late = None, False
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:

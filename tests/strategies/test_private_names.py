@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import re
 import signal
 import sys
@@ -32,6 +31,7 @@ from lightning.pytorch.loops import fit_loop, training_epoch_loop
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors import data_connector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, exceptions
 from lightning.pytorch.utilities.model_summary import summarize
@@ -48,7 +48,6 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 import lightning_bharat
 from lightning_bharat.strategies import _lightning, _model_checkpoint
-from lightning_bharat.strategies._torch import flight_record
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
@@ -404,7 +403,7 @@ def values_are_logged_after_a_batch_s_hooks() -> None:
 KEPT = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
 
 
-@relied_on(*KEPT, "_results")
+@relied_on(*KEPT, "_results", "_Metadata", "_ResultMetric", "_Sync", "_should")
 def logged_values_are_begun_anew_before_the_strategy_s_setup() -> None:
     """Trainer._run resets what _logger_connector and the loops' _results hold, then calls Strategy.setup; a result has
     value, cumulated_batch_size and meta, of which meta.sync(value) is that of all ranks."""
@@ -415,8 +414,29 @@ def logged_values_are_begun_anew_before_the_strategy_s_setup() -> None:
     results = type(trainer.fit_loop.epoch_loop._results)(training=True)
     results.log("training_step", "loss", torch.tensor(2.0), batch_size=3)
     (result,) = results.result_metrics
+    again = type(result)(_Metadata("training_step", "loss", reduce_fx=torch.mean), is_tensor=True)
+    again.meta.sync = _Sync(fn=_Sync.no_op, _should=False)
+    assert type(result) is _ResultMetric and again.meta == result.meta, "made from what is saved of it, it is the same"
     assert result.meta.is_mean_reduction and not result.meta.sync.should and not result.has_reset
     assert (float(result.value), int(result.cumulated_batch_size)) == (6, 3)
+
+
+@relied_on("_restarting", "_combined_loader")
+def loops_know_that_they_go_on() -> None:
+    """A loop's _restarting is its own, until an epoch is through; plateau schedulers do not see it before."""
+    trainer = L.Trainer(barebones=True)
+    loop = trainer.fit_loop
+    loop.epoch_progress.increment_ready()
+    loop.restarting = True
+    loop._restarting = False
+    assert loop.epoch_loop.restarting and loop.epoch_loop.val_loop.restarting and not loop.restarting
+    end = inspect.getsource(fit_loop._FitLoop.on_advance_end)
+    assert "if not self.restarting and self.epoch_loop._num_ready_batches_reached():" in end
+    assert not loop.restarted_on_epoch_end and not loop.resumed_on_epoch_end and loop._combined_loader is None
+    for progress in (loop.epoch_loop.batch_progress, loop.epoch_loop.val_loop.batch_progress):
+        names = {"ready", "started", "processed", "completed"}
+        assert set(progress.state_dict()) == {"total", "current", "is_last_batch"}
+        assert set(vars(progress.total)) == set(vars(progress.current)) == names
 
 
 @relied_on("_signal_connector")
@@ -671,12 +691,17 @@ def on_a_rank() -> None:
     assert state._post_forward(module, (x,), out) is not None
     assert group.is_unsharded and state._state_ctx.iter_forward_root is None, "the root stays whole after its forward"
     module.set_requires_gradient_sync(True)
+    (weight, _) = group.fsdp_params
+    assert weight._orig_size == (2, 2) and weight._unsharded_param is weight.unsharded_param
+    weight.unsharded_accumulated_grad = torch.ones(2, 2)  # of batches before, to which the next one adds
     state._register_root_post_backward_final_callback  # noqa: B018 - that it is there; it may be called in a backward
     state._pre_forward(module, (), {})
     module(x).sum().backward()
     group.post_backward()
     state._root_post_backward_final_callback()
     assert state._state_ctx.iter_forward_root is None and module[1].weight.grad is not None
+    assert weight.unsharded_accumulated_grad is None
+    assert torch.equal(module[1].weight.grad.full_tensor(), 1 + module[0](x).expand(2, 2))
     module.reshard()
     assert not group.is_unsharded
     group.unshard(async_op=True)
@@ -690,24 +715,11 @@ def on_a_rank() -> None:
     *("_pre_forward_hook_handle", "_post_forward_hook_handle", "_lazy_init", "_fsdp_param_groups", "_module_info"),
     *("_pre_forward", "_post_forward", "_state_ctx", "_training_state", "_root_post_backward_final_callback"),
     *("_register_root_post_backward_final_callback", "_all_gather_result"),
+    *("_orig_size", "_unsharded_param"),
 )
 def groups_and_fsdp() -> None:
     """FSDP2's state gathers and divides its root's weights, driven by hand as strategies/_torch.py does."""
     run_ranks(on_a_rank, 1)
-
-
-def on_a_recorded_rank() -> str:
-    """A collective, and what the flight recorder has of it."""
-    torch.distributed.init_process_group("gloo")
-    torch.distributed.all_reduce(torch.ones(2))
-    return flight_record()
-
-
-@relied_on("_dump_fr_trace_json", "_distributed_c10d")
-def the_flight_recorder() -> None:
-    """It gives what backends remember of their collectives as JSON, where ``TORCH_FR_BUFFER_SIZE`` asks for it."""
-    (told,) = run_ranks(on_a_recorded_rank, 1, env={"TORCH_FR_BUFFER_SIZE": "10"})
-    assert [entry["profiling_name"] for entry in json.loads(told)["entries"]] == ["gloo:all_reduce"]
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()), ids=lambda check: check.__name__)
