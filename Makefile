@@ -42,6 +42,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.schedules
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.balance
+	$(BIN)/python -m benchmarks.checkpoint
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

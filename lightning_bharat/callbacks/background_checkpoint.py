@@ -66,6 +66,11 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
 
     # ---- hooks
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if saves := self._saves_of(trainer):
+            saves.copied()  # at the end of training callbacks may put other weights in their place
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self.settle(trainer, ends=True)
@@ -150,10 +155,12 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
             self._failed(trainer, flight, error, ends)
             return
         self._failed_saves, self.seconds = 0, flight.ended - flight.began
+        saves = self._saves_of(trainer)
+        self.stall = flight.stall + (saves.waited if saves else 0.0)
         if error is not None:  # rank 0's: of a name, or of what was to be removed
             rank_zero_warn(f"{flight.path} is saved; after it, {type(error).__name__}: {error}")
         facts = {"step": flight.step, "path": flight.path, "names": flight.names}
-        self.event(trainer, "save", **facts, stall=flight.stall, seconds=self.seconds)
+        self.event(trainer, "save", **facts, stall=self.stall, seconds=self.seconds)
         self.saved(trainer, Path(flight.path))
         self.tell_loggers(trainer)
 

@@ -30,9 +30,10 @@ FIRST_SAVE = 60.0  # seconds of training, by when it is known what a step takes,
 class FaultTolerantCheckpoint(BackgroundCheckpoint):
     """Lightning's ``ModelCheckpoint`` with all of its arguments and behaviour, for runs that break.
 
-    Under ``bharat_hybrid`` a save stops training for a copy to host memory alone; it is written and committed by a
-    thread. The next save, and the end of the run, wait for it. What it replaces is removed after it is committed. A
-    save of the same step under a second name (``save_last=True``) is written once; both names share the files' bytes.
+    Under ``bharat_hybrid`` a save stops training for a moment: weights are copied to the host beside the next forward
+    and backward pass, and written and committed by a thread. The next save, and the end of the run, wait for it. What
+    it replaces is removed after it is committed. A save of the same step under a second name (``save_last=True``) is
+    written once; both names share the files' bytes.
     Under other strategies, and with ``save_distributed_checkpoint=False``, a save is written before training goes on.
 
     ``ckpt_path="last"`` goes on from the newest whole checkpoint of this run, also where Lightning has given the run a

@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ def _class_name(model: torch.nn.Module) -> str:
     return names[0] if names else type(model).__name__
 
 
+@cache  # to look one up reads and parses its metadata
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("torch", "lightning", "lightning-bharat", "transformers", "safetensors"):

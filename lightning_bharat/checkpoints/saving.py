@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,8 +17,7 @@ from lightning_bharat.checkpoints.errors import disk_errors, on_all_ranks, on_ra
 from lightning_bharat.checkpoints.index import write_index
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.planned import Planned, Planner
-from lightning_bharat.checkpoints.safetensors_file import Entry
-from lightning_bharat.checkpoints.snapshot import HostMemory
+from lightning_bharat.checkpoints.snapshot import HostMemory, Later, Snapshot
 
 T = TypeVar("T")
 
@@ -56,12 +55,20 @@ class Saver:
         """
         self.begin(path, checkpoint, manifest).write(InGroup())
 
-    def begin(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest, copy: bool = False) -> Saving:
+    def begin(
+        self,
+        path: Path,
+        checkpoint: dict[str, Any],
+        manifest: Manifest,
+        copy: bool = False,
+        later: Later = lambda tensor: None,
+    ) -> Saving:
         """All that comes before :meth:`Saving.write`. All ranks must call it.
 
         Args:
             copy: take the values that tensors have now; else :meth:`Saving.write` reads them. The copy of an earlier
                 save is overwritten, so that one must be through.
+            later: of which tensors :meth:`Saving.write` may make the copy (:meth:`HostMemory.copy`).
 
         Raises:
             CheckpointError: on every rank, with the first reason.
@@ -71,8 +78,7 @@ class Saver:
         tree = together(lambda: as_plain(tree))
         planned = self._planner.plan(shares)
         entries = planned.entries(shares)
-        if copy:
-            entries = together(lambda: self._memory.copy(entries))
+        snapshot = together(lambda: self._memory.copy(entries, later)) if copy else Snapshot(entries)
         state: list[bytes] = []  # of rank 0, and not to be sent
 
         def stage() -> Path:
@@ -82,7 +88,7 @@ class Saver:
 
         with disk_errors():
             staging = on_rank_zero(stage)
-        return Saving(path, staging, planned, entries, b"".join(state), manifest)
+        return Saving(path, staging, planned, snapshot, b"".join(state), manifest)
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,14 @@ class Saving:
 
     Attributes:
         planned: who writes what.
-        entries: what this rank writes.
+        snapshot: what this rank writes.
         state: content of `state.pt`, on rank 0.
     """
 
     path: Path
     staging: Path
     planned: Planned
-    entries: Sequence[Entry]
+    snapshot: Snapshot
     state: bytes
     manifest: Manifest
 
@@ -117,10 +123,11 @@ class Saving:
 
     def _write_own(self) -> dict[str, str]:
         """Digests by the names of the files that this rank wrote."""
-        if not self.entries:
+        self.snapshot.complete()
+        if not self.snapshot.entries:
             return {}
         name = self.planned.file
-        return {name: safetensors_file.write(self.staging / name, self.entries, {"format": "pt"})}
+        return {name: safetensors_file.write(self.staging / name, self.snapshot.entries, {"format": "pt"})}
 
     def _commit(self, written: list[dict[str, str]]) -> None:
         planned = self.planned

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_bharat.checkpoints.background import Background, InStore
 from lightning_bharat.checkpoints.manifest import Manifest
@@ -25,18 +30,40 @@ class BackgroundSaves:
     Attributes:
         writer: runs what has been put off. One save at a time: the next one waits for it.
         last: the save that was begun last.
+        waited: seconds that steps have waited for its copy.
     """
 
     def __init__(self, strategy: Any) -> None:
         self.writer = Background()
         self.last: Saving | None = None
+        self.waited = 0.0
         self._saver, self._strategy = Saver(), strategy
         self._ranks: InStore | None = None
-        self._puts_off = False
+        self._puts_off = self._is_changed = False
+
+    def copied(self) -> None:
+        """Wait until the last save has its copy. To be called before anything changes weights."""
+        if self.last is None or self.last.snapshot.wait(0):
+            return
+        began = time.perf_counter()
+        while not self.last.snapshot.wait(0.5) and not self.writer.is_idle:
+            pass
+        self.waited += time.perf_counter() - began
+
+    def before_change(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure``, a forward and backward pass that a change of the weights follows, which waits for the copy."""
+
+        def then_copied() -> Any:
+            out = closure()
+            self.copied()
+            return out
+
+        return then_copied
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """In here a save returns when the values have been copied to host memory; ``writer`` does the rest."""
+        """In here a save returns when what may change has been copied to host memory; ``writer`` does the rest. What
+        optimizers step on is copied beside the next forward and backward pass, and the step waits for it."""
         self._puts_off = True
         try:
             yield
@@ -55,8 +82,18 @@ class BackgroundSaves:
             return
         if self._ranks is None:
             self._ranks = self._meet()
-        self.last, ranks = self._saver.begin(path, checkpoint, manifest, copy=True), self._ranks
-        self.writer.do(lambda saving=self.last: saving.write(ranks))  # type: ignore[misc]
+        self.waited, ranks = 0.0, self._ranks
+        steady = {} if self._is_changed else _stepped_on(self._strategy.optimizers)
+        self.last = self._saver.begin(
+            path, checkpoint, manifest, copy=True, later=lambda part: steady.get(part.untyped_storage().data_ptr())
+        )
+        self.writer.do(lambda saving=self.last: self._write(saving, ranks))  # type: ignore[misc]
+
+    def _write(self, saving: Saving, ranks: InStore) -> None:
+        try:
+            saving.write(ranks)
+        finally:
+            self._is_changed = self._is_changed or saving.snapshot.was_changed
 
     def _meet(self) -> InStore:
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -72,3 +109,16 @@ class BackgroundSaves:
     def _lost(self) -> str:
         first = self._strategy.watch and self._strategy.watch.first
         return str(first) if first and first.is_gone else ""
+
+
+def _stepped_on(optimizers: Iterable[Optimizer]) -> dict[int, Tensor]:
+    """Parameters and states of ``optimizers``, by where they are on this rank."""
+    tensors = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    tensors += [t for o in optimizers for state in o.state.values() for t in state.values() if isinstance(t, Tensor)]
+    found = {}
+    with torch.no_grad():
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.numel():
+                found[local.untyped_storage().data_ptr()] = tensor
+    return found

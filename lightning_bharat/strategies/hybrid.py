@@ -288,6 +288,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
             self._prepared.refuse_hooks()
 
     def on_validation_start(self) -> None:
+        self.saves.copied()  # callbacks may put other weights in their place
         self._compare_buffers()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -347,7 +348,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
     def optimizer_step(self, optimizer: Optimizer, closure: Callable, model: Any = None, **kwargs: Any) -> Any:
         if not self._module().automatic_optimization and self._prepared is not None:
             self._prepared.rest()  # hooks read gradients of parameters as optimizers know them
-        out = super().optimizer_step(optimizer, closure, model, **kwargs)
+        out = super().optimizer_step(optimizer, self.saves.before_change(closure), model, **kwargs)
         if not self._has_stepped:  # soon, and again where buffers are used
             self._has_stepped = True
             self._compare_buffers()

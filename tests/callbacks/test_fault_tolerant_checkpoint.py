@@ -20,12 +20,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_bharat import events
 from lightning_bharat.callbacks import FaultTolerantCheckpoint, fault_tolerant_checkpoint
 from lightning_bharat.checkpoints import safetensors_file
 from lightning_bharat.checkpoints.manifest import Manifest
+from lightning_bharat.checkpoints.snapshot import Snapshot
 from lightning_bharat.checkpoints.whole import checkpoints_in, problems
 from lightning_bharat.strategies.ends_together import Stopped
 from tests.modules import PlacedRows, fit
@@ -40,18 +42,29 @@ EVERY: dict[str, Any] = {"every_n_train_steps": 2, "save_top_k": -1, "filename":
 
 
 class Overtaken(L.Callback):
-    """Holds each file that is written back until training has gone on by a whole step: it changes all weights."""
+    """Copies no weight before training waits for it, and writes no file before training has gone on by a whole step,
+    which changes all weights."""
 
     def __init__(self) -> None:
-        self.went_on, self.steps = threading.Event(), 0
-        write = safetensors_file.write
+        self.went_on, self.asked = threading.Event(), threading.Event()
+        write, wait, complete = safetensors_file.write, Snapshot.wait, Snapshot.complete
 
         def late(*args: Any) -> Any:
             assert threading.current_thread() is not threading.main_thread()
             assert self.went_on.wait(20)
             return write(*args)
 
-        safetensors_file.write = late
+        def ask(snapshot: Snapshot, seconds: float) -> bool:
+            if seconds:
+                self.asked.set()
+            return wait(snapshot, seconds)
+
+        def late_copy(snapshot: Snapshot) -> None:
+            assert snapshot._left and self.asked.wait(20)
+            self.asked.clear()
+            complete(snapshot)
+
+        safetensors_file.write, Snapshot.wait, Snapshot.complete = late, ask, late_copy
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.went_on.clear() if trainer.global_step % 2 == 0 else self.went_on.set()
@@ -355,3 +368,35 @@ def test_under_lightning_s_own_strategy_it_is_a_model_checkpoint(tmp_path: Path)
     with pytest.warns(UserWarning, match="last.ckpt is passed over"):
         fit("stack", None, 8, ckpt="last", callbacks=[keep, begun], enable_checkpointing=True, **root(str(tmp_path)))
     assert begun.step >= 4 and begun.path.endswith(f"step={begun.step}.ckpt")
+
+
+class Meddles(L.Callback):
+    """Changes a weight by hand after the first save, before the step; checkpoints come before it."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 1:
+            with torch.no_grad():
+                next(iter(module.parameters())).add_(1)
+            self.changed.set()
+
+    def __init__(self) -> None:
+        self.changed, complete = threading.Event(), Snapshot.complete
+
+        def late(snapshot: Snapshot) -> None:
+            assert not snapshot._left or self.changed.wait(20)
+            complete(snapshot)
+
+        Snapshot.complete = late
+
+
+def meddle(folder: str) -> list[str]:
+    keep = FaultTolerantCheckpoint(folder, every_n_train_steps=1, filename="{step}", save_top_k=-1)
+    fit("gpt", {}, 3, callbacks=[Meddles(), keep], enable_checkpointing=True, **root(folder))
+    return [event.get("error", event["kind"]) for event in events.read(Path(folder))]
+
+
+def test_weights_that_are_changed_by_hand_cost_a_save_and_are_copied_at_once_from_then_on(tmp_path: Path) -> None:
+    seen = run_ranks(meddle, 2, str(tmp_path))[0]
+    assert "was changed before it had been copied" in seen[1]
+    assert seen[2:] == ["save", "save", "train_end"]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step=2.ckpt", "step=3.ckpt"]

@@ -33,14 +33,32 @@ def test_a_copy_keeps_its_values_and_the_memory_is_used_again() -> None:
     tensors = [drawn, drawn.t(), torch.tensor(7.0), torch.tensor(True), torch.empty(0, 4), torch.arange(3)]
     tensors += [drawn.bfloat16(), drawn.to(torch.float8_e4m3fn), torch.randn(2, dtype=torch.complex64)]
     expected, memory = [tensor.clone() for tensor in tensors], HostMemory()
-    copies = [copy.read() for copy in memory.copy([entry(tensor) for tensor in tensors])]
+    copies = [copy.read() for copy in memory.copy([entry(tensor) for tensor in tensors]).entries]
     for tensor in tensors:
         tensor.view(torch.uint8).zero_() if tensor.is_contiguous() and tensor.numel() and tensor.ndim else None
     for copy, values in zip(copies, expected, strict=True):
         assert copy.dtype == values.dtype and copy.shape == values.shape
         assert torch.equal(copy.contiguous().view(-1).view(torch.uint8), values.contiguous().view(-1).view(torch.uint8))
     again = memory.copy([entry(tensor) for tensor in tensors[:4]])
-    assert again[0].read().data_ptr() == copies[0].data_ptr()
+    assert again.entries[0].read().data_ptr() == copies[0].data_ptr()
+
+
+def test_a_late_copy_tells_whether_the_tensor_was_still_the_same() -> None:
+    early, late = torch.ones(2), torch.ones(3)
+    snapshot = HostMemory().copy(
+        [entry(early), entry(late)], later=lambda tensor: late if tensor.shape == (3,) else None
+    )
+    early.zero_()
+    assert not snapshot.wait(0)
+    snapshot.complete()
+    assert snapshot.wait(0)
+    late.zero_()
+    assert [copy.read().tolist() for copy in snapshot.entries] == [[1, 1], [1, 1, 1]]
+    snapshot = HostMemory().copy([entry(late)], later=lambda tensor: tensor)
+    late.view(3, 1).add_(1)
+    with pytest.raises(CheckpointError, match="t was changed before it had been copied"):
+        snapshot.complete()
+    assert snapshot.wait(0) and snapshot.was_changed
 
 
 def test_after_a_step_has_failed_the_rest_is_left_out_until_the_error_is_taken() -> None:
