@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -107,9 +107,12 @@ class _Reader(StorageReader):
             by_file.setdefault(self.index.storage_data[item.storage_index], []).append(item)
         for name, items in by_file.items():
             self.check(self.folder / name)
-            with safe_open(self.folder / name, framework="pt") as file:
-                for item in items:
-                    self._read(file, item, planner)
+            try:
+                with safe_open(self.folder / name, framework="pt") as file:
+                    for item in items:
+                        self._read(file, item, planner)
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / name} is damaged: {error}") from None
         done: Future[None] = Future()
         done.set_result(None)
         return done

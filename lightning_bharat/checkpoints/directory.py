@@ -70,12 +70,20 @@ def hidden(path: Path, part: str = "") -> Path:
 
 def stage(path: Path) -> Path:
     """Make the hidden directory that becomes ``path`` (:func:`commit`), and remove those of saves that were killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for stale in path.parent.glob(hidden(path, "*").name):  # of a save that was killed
         shutil.rmtree(stale, ignore_errors=True)
     staging = hidden(path)
     staging.mkdir()
     return staging
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder``, and those above it, so that a machine that loses its power keeps them."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync(made.parent)
 
 
 def need_space(path: Path, size: int) -> None:
@@ -107,19 +115,19 @@ def in_units(size: int) -> str:
 
 def commit(staging: Path, path: Path) -> None:
     """Give ``staging`` the name ``path`` for good; what had that name is removed after."""
-    _sync(staging)
+    sync(staging)
     if path.is_symlink() or path.is_file():
         path.unlink()
     if not path.exists():
         os.rename(staging, path)
-        _sync(path.parent)
+        sync(path.parent)
         return
     if not _exchange(staging, path):
         aside = hidden(path)
         os.rename(path, aside)
         os.rename(staging, path)
         staging = aside
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(staging)
 
 
@@ -140,7 +148,7 @@ def _link_file(path: Path, name: Path) -> None:
         os.link(path, name)
     except OSError:  # a file system that has no such links
         shutil.copyfile(path, name)
-        _sync(name)
+        sync(name)
 
 
 def point(name: Path, path: Path) -> None:
@@ -161,10 +169,12 @@ def remove(path: Path) -> None:
     elif path.is_dir():
         aside = hidden(path)
         os.rename(path, aside)
+        sync(path.parent)  # else the name may outlast what it names
         shutil.rmtree(aside)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Bring the names in ``folder`` to disk, or the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

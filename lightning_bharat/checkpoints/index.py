@@ -59,8 +59,10 @@ def read_json(path: Path) -> Any:
         if not path.parent.exists():
             raise CheckpointError(f"there is no {path.parent}; {_beside(path.parent)}") from None
         raise CheckpointError(f"{path} is missing: {path.parent} is no checkpoint, or an incomplete copy") from None
-    except (UnicodeDecodeError, ValueError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it can't be read as JSON ({error})") from None
+    except OSError as error:  # a directory in its place, for instance
+        raise CheckpointError(f"{path} can't be read: {error}") from None
 
 
 def _beside(path: Path) -> str:

@@ -7,6 +7,7 @@ was on disk before.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ from lightning_bharat.plan.model_plan import ModelPlan
 
 MANIFEST, COMMIT = "MANIFEST.json", "COMMIT"
 FORMAT = "lightning_bharat"
-VERSION = 2  # 1 had no digests
+VERSION = 3  # 1 had no digests, 2 no compressed tensors
+READS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,19 @@ class Manifest:
         content = read_json(folder / MANIFEST)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{folder / MANIFEST} is not the manifest of a lightning_bharat checkpoint")
-        if content.get("version") != VERSION:
+        version = content.get("version")
+        if type(version) is not int or version not in READS:
+            newer = "a newer form than" if type(version) is int and version > VERSION else "another form than"
             raise CheckpointError(
-                f"{folder} is a checkpoint of form {content.get('version')!r}; this lightning_bharat reads form "
-                f"{VERSION}: use the version that wrote it, {content.get('versions')}"
+                f"{folder} is a checkpoint of {newer} this lightning_bharat reads ({version!r}, not {VERSION}): use "
+                f"the version that wrote it, {content.get('versions')}"
             )
         commit = read_json(folder / COMMIT)
         check_digest(folder / MANIFEST, commit.get(DIGEST, "") if isinstance(commit, dict) else "")
+        try:
+            _check_content(content)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from None
         known = {f.name for f in fields(cls)}
         found = cls(**{key: value for key, value in content.items() if key in known})
         found.check_files(folder)
@@ -132,13 +140,40 @@ class Manifest:
             CheckpointError: one is missing, or has another size.
         """
         for name, said in self.files.items():
-            path = folder / Path(name).name
+            path = folder / name
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{path} is a symbolic link, and a checkpoint's files lie in its directory: put the file there"
+                )
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing: {folder} is an incomplete copy of a checkpoint")
             if (size := path.stat().st_size) != said["bytes"]:
                 raise CheckpointError(
                     f"{path} has {size} bytes and was written with {said['bytes']}: {folder} is damaged"
                 )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **{"step": (int,), "epoch": (int,), "layout": (dict,), "batches": (list,), "versions": (dict,), "files": (dict,)},
+    **{"plan": (dict, type(None)), "hugging_face": (dict, type(None))},
+}
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """See that a manifest, which anyone may have written, names files of its own folder alone.
+
+    Raises:
+        ValueError: it does not, or is of other types than what is written.
+    """
+    for name, kinds in _KINDS.items():
+        if name in content and not isinstance(content[name], kinds):
+            raise ValueError(f"{name} is {content[name]!r}")
+    for name, said in content.get("files", {}).items():
+        if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST, COMMIT) or "\0" in name:
+            raise ValueError(f"{name!r} is not the name of a file in this directory")
+        known = isinstance(said, dict) and type(said.get("bytes")) is int and isinstance(said.get(DIGEST), str)
+        if not known:
+            raise ValueError(f"of {name} are no size and no digest")
 
 
 def hugging_face(module: torch.nn.Module) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_bharat.checkpoints.directory import hidden
+from lightning_bharat.checkpoints.directory import hidden, make_folder, sync
 from lightning_bharat.checkpoints.document import safe_load
 from lightning_bharat.checkpoints.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write Lightning's dict to ``path``, which appears when it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     staging = hidden(path)
     try:
         with staging.open("wb") as file:
@@ -38,5 +38,6 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
+        sync(path.parent)
     finally:
         staging.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from lightning_bharat.checkpoints import (
     safetensors_file,
     weights,
 )
+from lightning_bharat.checkpoints.digest import digest_of
 from lightning_bharat.checkpoints.document import STATE, as_plain
 from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import COMMIT, MANIFEST, Manifest
@@ -104,16 +105,58 @@ def test_rectangles_that_can_not_be_are_refused(folder: Path, chunk: dict) -> No
         load(folder)
 
 
-@pytest.mark.parametrize("name", [".metadata", INDEX, MANIFEST, STATE])
+OUTSIDE = ["../secret.txt", "/etc/passwd", "..", "", "sub/../../secret.txt", "a\0b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_that_names_files_outside_of_its_folder_is_refused(folder: Path, name: str) -> None:
+    (folder.parent / "secret.txt").write_text("secret")
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][name] = {"bytes": 6, "xxh3": "0" * 32}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    (folder / COMMIT).write_text(json.dumps({"xxh3": digest_of(folder / MANIFEST)}))
+    with pytest.raises(CheckpointError, match="is not the name of a file in this directory"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", "7"), ("files", []), ("layout", 3), ("batches", {}), ("files", {"a": {"bytes": "1"}})]
+)
+def test_a_manifest_of_other_types_is_refused(folder: Path, key: str, value: object) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**content, key: value}))
+    (folder / COMMIT).write_text(json.dumps({"xxh3": digest_of(folder / MANIFEST)}))
+    with pytest.raises(CheckpointError, match="MANIFEST.json is damaged: "):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, STATE, "rank_00000.safetensors"])
+def test_a_link_in_place_of_a_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is a symbolic link"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, MANIFEST, COMMIT])
+def test_deep_json_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("[" * 100_000)
+    if name == INDEX:
+        seal(folder)
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: it can't be read as JSON"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [".metadata", INDEX, MANIFEST, COMMIT, STATE, "rank_00000.safetensors"])
 def test_no_pickle_is_run(folder: Path, name: str) -> None:
     target = folder.parent / "proof"
     (folder / name).write_bytes(pickle.dumps(Malicious(target)))
-    if name != MANIFEST:
+    if name not in (MANIFEST, COMMIT):
         seal(folder)
     if name == ".metadata":
         load(folder)
     else:
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(CheckpointError, match="damaged|can't be read"):
             load(folder)
     assert not target.exists()
     pickle.loads((folder / name).read_bytes())  # it would have worked
@@ -139,7 +182,10 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> 
 def test_another_form_and_other_directories_are_refused(folder: Path) -> None:
     content = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(CheckpointError, match=r"form 99; this lightning_bharat reads form 2"):
+    with pytest.raises(CheckpointError, match=r"a newer form than this lightning_bharat reads \(99, not 3\)"):
+        load(folder)
+    (folder / MANIFEST).write_text(json.dumps({**content, "version": "2"}))
+    with pytest.raises(CheckpointError, match=r"another form than this"):
         load(folder)
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         load(folder.parent)
