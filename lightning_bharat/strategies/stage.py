@@ -130,6 +130,7 @@ class Stage(nn.Module):
             try:
                 out = self.run(mb)
             except StageDone as done:
+                self._refuse_other_type(done.hidden)
                 return _sent(done.hidden)
             finally:
                 self.arrived = None
@@ -139,6 +140,15 @@ class Stage(nn.Module):
                 "a step must run all blocks on every batch"
             )
         return out
+
+    def _refuse_other_type(self, hidden: Tensor) -> None:
+        """The next stage waits for as many bytes as the plan says."""
+        found, said = str(hidden.dtype).removeprefix("torch."), self._tree.plan.wire
+        if found != said:
+            raise PlanError(
+                f"block {self.blocks.stop - 1} returns {found}, and plan= says {said}: it was found in another "
+                "precision. Find it in this one, or leave plan= out"
+            )
 
     @contextmanager
     def _mounted(self) -> Iterator[None]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 
-from tests.modules import Result, assert_equal, fit
+from lightning_bharat import HybridStrategy
+from tests.modules import Result, Rows, Trained, assert_equal, fit
 from tests.ranks import RanksFailed, run_ranks
 from tests.strategies.uncuttable import ALL
 
@@ -79,3 +81,19 @@ def test_wrong_numbers(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RanksFailed) as failed:
         run_ranks(_deep, options.get("pipeline_parallel_size", 2), {**STAGES, **options})
     assert all(words in outcome.message for outcome in failed.value.outcomes), str(failed.value)
+
+
+def _of_another_precision() -> None:
+    strategy = HybridStrategy(pipeline_parallel_size=2)
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 1}
+    rows = Rows("nano", 8, 1, 1, 0, False)
+    L.Trainer(strategy=strategy, devices=2, precision="32-true", **options).fit(Trained("nano"), rows)
+    again = HybridStrategy(pipeline_parallel_size=2, plan=strategy.plan)
+    L.Trainer(strategy=again, devices=2, precision="64-true", **options).fit(Trained("nano"), rows)
+
+
+def test_a_plan_of_another_precision() -> None:
+    words = r"block 1 returns float64, and plan= says float32: .* leave plan= out"
+    with pytest.raises(RanksFailed, match=words) as failed:
+        run_ranks(_of_another_precision, 2)
+    assert {outcome.error for outcome in failed.value.outcomes} == {"PlanError", "PeerError"}
