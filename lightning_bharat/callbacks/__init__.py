@@ -1,13 +1,17 @@
 """What plugs into a Trainer: one callback a file."""
 
 from lightning_bharat.callbacks.fault_tolerant_checkpoint import FaultTolerantCheckpoint
+from lightning_bharat.callbacks.health_monitor import HealthMonitor
 from lightning_bharat.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_bharat.callbacks.replica_check import ReplicaCheck, ReplicaError
 from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from lightning_bharat.health.finding import HealthError
 
 __all__ = [
     "EMAWeightAveraging",
     "FaultTolerantCheckpoint",
+    "HealthError",
+    "HealthMonitor",
     "PipelineTimeline",
     "ReplicaCheck",
     "ReplicaError",

@@ -273,6 +273,13 @@ def default_store() -> Store:
     return _get_default_store()
 
 
+def flight_record() -> str:
+    """What backends remember of their collectives, as JSON; empty where nothing is recorded (``TORCH_FR_BUFFER_SIZE``
+    says how many they keep)."""
+    dump: Any = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json")  # noqa: B009 - its types do not know it
+    return dump().decode(errors="replace")
+
+
 def is_recomputed() -> bool:
     """Whether ``torch.utils.checkpoint`` is going to compute again, in the backward pass, what is computed now."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -37,9 +37,10 @@ _MEANS = {torch.Tensor.mean, torch.mean}
 
 
 def hooks_see_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether ``module`` or a callback has code of its own where gradients may be read."""
+    """Whether ``module`` or a callback has code of its own where gradients may be read. One that says by an attribute
+    ``knows_pieces`` that it takes them for what they are does not count."""
     own = any(is_overridden(hook, module) for hook in (*_HOOKS, "configure_gradient_clipping"))
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = [c for c in trainer.callbacks if not getattr(c, "knows_pieces", False)]  # type: ignore[attr-defined]
     return own or any(is_overridden(hook, callback, pl.Callback) for hook in _HOOKS for callback in callbacks)
 
 

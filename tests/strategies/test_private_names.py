@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import signal
 import sys
@@ -48,6 +49,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 import lightning_bharat
 from lightning_bharat.strategies import _lightning, _model_checkpoint
+from lightning_bharat.strategies._torch import flight_record
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
@@ -720,6 +722,20 @@ def on_a_rank() -> None:
 def groups_and_fsdp() -> None:
     """FSDP2's state gathers and divides its root's weights, driven by hand as strategies/_torch.py does."""
     run_ranks(on_a_rank, 1)
+
+
+def on_a_recorded_rank() -> str:
+    """A collective, and what the flight recorder has of it."""
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.all_reduce(torch.ones(2))
+    return flight_record()
+
+
+@relied_on("_dump_fr_trace_json", "_distributed_c10d")
+def the_flight_recorder() -> None:
+    """It gives what backends remember of their collectives as JSON, where ``TORCH_FR_BUFFER_SIZE`` asks for it."""
+    (told,) = run_ranks(on_a_recorded_rank, 1, env={"TORCH_FR_BUFFER_SIZE": "10"})
+    assert [entry["profiling_name"] for entry in json.loads(told)["entries"]] == ["gloo:all_reduce"]
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()), ids=lambda check: check.__name__)

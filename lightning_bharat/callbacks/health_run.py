@@ -1,0 +1,156 @@
+"""What is known of the optimizer step that is being made, and what of it is told to all ranks before it is."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isnan
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_bharat.callbacks.health_faults import corrupted, why_not_finite
+from lightning_bharat.callbacks.health_pieces import holder
+from lightning_bharat.callbacks.health_replay import Kept, Replay
+from lightning_bharat.callbacks.health_threads import here, rank_name
+from lightning_bharat.health import random_state
+from lightning_bharat.health.batch import BatchCheck, described
+from lightning_bharat.health.drift import DriftDetector
+from lightning_bharat.health.exchange import Step, exchange, flat, gathered
+from lightning_bharat.health.finding import Finding
+from lightning_bharat.health.gradients import NormShare
+from lightning_bharat.health.policy import Policy
+from lightning_bharat.health.spike import SpikeDetector
+from lightning_bharat.strategies.again import as_held
+
+
+class Run:
+    """One call of ``fit``.
+
+    Args:
+        policy: what is looked for.
+        recompute_every: optimizer steps from one that is computed again to the next; ``None``: never.
+        vocab_size: of tokens in batches.
+
+    Attributes:
+        inbox: what threads of this rank have found, to be told to all.
+        steps: optimizer steps.
+        last: what all ranks know of the last one.
+        is_again: whether a step is being computed again.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, policy: Policy, recompute_every: int | None, vocab_size: int | None
+    ) -> None:
+        module = trainer.lightning_module
+        self.trainer, self._policy, self._recompute_every = trainer, policy, recompute_every
+        self._device, self._name = trainer.strategy.root_device, rank_name(trainer)
+        self._check = BatchCheck(vocab_size, policy["data"] == "skip")
+        self._drift = DriftDetector()
+        self._shares: dict[int, NormShare] = {}
+        self._spikes: dict[tuple[int, str], SpikeDetector] = {}
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._by_hand = not module.automatic_optimization
+        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        self.window: list[Kept] = []
+        self._losses: list[Tensor] = []
+        self._bad: list[tuple[Any, Any, int]] = []
+        self.inbox: deque[Finding] = deque()
+        self.steps, self.batches = 0, 0
+        self.last: Step | None = None
+        self.is_again = False
+
+    def batch_starts(self, batch: Any, index: int) -> Iterator[Finding]:
+        """Look at a batch, and keep it for as long as its step may be computed again."""
+        self.batches += 1
+        if self._policy.wants("data"):
+            is_bad, what = self._check.look(batch)
+            if is_bad is not False:
+                self._bad.append((is_bad, what, index))
+        arguments = (batch, index) if self._takes_index else (batch,)
+        due = self._recompute_every is not None
+        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self.window.append(Kept(arguments, random_state.taken(self._device, all_of_them=due), number))
+        if self._by_hand and len(self.window) > 1:  # nobody knows when such a step is made
+            self.window, self._losses = self.window[-1:], []
+        if self._policy.wants("drift"):
+            for words in self._drift.look(batch):
+                yield Finding("drift", f"{here(self.trainer)}: {words}", self.trainer.global_rank)
+
+    def loss_is(self, loss: Tensor) -> None:
+        """That of a batch, its share of the accumulated one."""
+        self._losses.append(loss.detach())
+
+    def step_of(self, optimizer: Any) -> list[Finding]:
+        """What all ranks have found before ``optimizer`` makes a step; the same on all."""
+        with as_held():
+            with torch.no_grad():
+                place, step = self._exchanged(optimizer)
+            findings = list(self._found(optimizer, place, step))
+        self.last, self.window, self._losses, self._bad = step, [], [], []
+        self.steps += 1
+        return findings
+
+    def _exchanged(self, optimizer: Any) -> tuple[int, Step]:
+        place = [o is optimizer for o in self.trainer.optimizers].index(True)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        share = self._shares.get(place)
+        if share is None or len(share.parameters) != len(parameters):
+            share = self._shares[place] = NormShare(parameters, holder(self.trainer))
+        squared = share.squared(self._device)
+        loss: Any = sum(self._losses) if self._losses else squared.new_zeros(())
+        if self._scaler is not None:
+            loss = loss / self._scaler.get_scale()
+        bad: Any = False
+        for is_bad, _, _ in self._bad:
+            bad = is_bad if bad is False else bad | is_bad
+        return place, exchange(loss, squared, len(self.inbox), bad)
+
+    def _found(self, optimizer: Any, place: int, step: Step) -> Iterator[Finding]:
+        if step.reports:
+            yield from flat(gathered([self.inbox.popleft() for _ in range(len(self.inbox))]))
+        if step.bad_batches:
+            yield from flat(gathered(list(self._bad_batches())))
+            return
+        # Infinite gradients of a scaled loss are the scaler's, which leaves such steps out by itself.
+        if not step.is_finite and (self._scaler is None or isnan(step.loss)):
+            if self._policy.wants("nan"):
+                yield self._not_finite(optimizer)
+            return
+        if self._policy.wants("spike"):
+            yield from self._spiked(place, step)
+        due = self._recompute_every
+        if due is not None and self.steps % due == due - 1:
+            with self._again():
+                replay = Replay(self.trainer, optimizer)
+                yield from corrupted(self.trainer, self.window, self._losses, replay, self._name)
+
+    def _bad_batches(self) -> Iterator[Finding]:
+        for is_bad, what, index in self._bad:
+            if bool(is_bad):
+                words = f"{here(self.trainer)}: batch {index}: {described(what)}"
+                yield Finding("data", words, self.trainer.global_rank, facts={"batch": index})
+
+    def _not_finite(self, optimizer: Any) -> Finding:
+        replay = None if self._by_hand else Replay(self.trainer, optimizer)
+        with self._again():
+            return why_not_finite(self.trainer, self.window, replay, self._name)
+
+    def _spiked(self, place: int, step: Step) -> Iterator[Finding]:
+        for what, value in (("loss", step.loss), ("gradient norm", step.norm)):
+            detector = self._spikes.setdefault((place, what), SpikeDetector())
+            if (far := detector.look(value)) is not None:
+                words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {detector.usual():.4g}"
+                yield Finding("spike", f"step {self.trainer.global_step}: {words}", facts={"value": value})
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        self.is_again = True
+        try:
+            yield
+        finally:
+            self.is_again = False

@@ -1,0 +1,105 @@
+"""A batch that should not be trained on: numbers that are none, tokens that there are not, nothing at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
+
+from lightning_bharat.health.finding import Finding
+
+IGNORED = -100  # labels that count for no loss
+
+
+class BatchCheck:
+    """Looks at the tensors of a batch, where they are, and waits for no device.
+
+    Args:
+        vocab_size: whole numbers in tensors of two dimensions or more must be below it, and not negative, but for
+            -100. ``None``: they are not looked at.
+        mend: put what is in range into the place of what is not, in the batch itself, so that a step that will not
+            count can be run.
+    """
+
+    def __init__(self, vocab_size: int | None, mend: bool) -> None:
+        self.vocab_size, self._mend = vocab_size, mend
+
+    @torch.no_grad()
+    def look(self, batch: Any) -> tuple[bool | Tensor, dict[str, Tensor | bool]]:
+        """Whether it is bad, and what is, by the place in the batch. On devices both are still to be computed."""
+        bad: dict[str, Tensor | bool] = {}
+        leaves = [(_name(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
+        tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors:
+            if not leaves:
+                bad["the batch: nothing in it"] = True
+            return bool(bad), bad
+        for name, tensor in tensors:
+            if not tensor.numel():
+                bad[f"{name}: no elements"] = True
+            elif tensor.is_floating_point():
+                bad[f"{name}: not finite"] = self._of_numbers(tensor)
+            elif self.vocab_size is not None and tensor.ndim > 1 and tensor.dtype in (torch.int64, torch.int32):
+                bad[f"{name}: outside of 0 to {self.vocab_size - 1}"] = self._of_tokens(tensor)
+        return _any(list(bad.values())), bad
+
+    def _of_numbers(self, tensor: Tensor) -> Tensor | bool:
+        bad = ~torch.isfinite(tensor.sum(dtype=torch.float32))  # a sum of finite ones that overflows is no good either
+        if self._mend and (tensor.device.type != "cpu" or bad):
+            tensor.nan_to_num_(0.0, 0.0, 0.0)
+        return bool(bad) if tensor.device.type == "cpu" else bad
+
+    def _of_tokens(self, tensor: Tensor) -> Tensor | bool:
+        assert self.vocab_size is not None
+        if tensor.device.type != "cpu":
+            bad = ((tensor < 0) | (tensor >= self.vocab_size)) & (tensor != IGNORED)
+            if self._mend:
+                tensor.masked_fill_(bad, 0)
+            return bad.any()
+        low, high = (int(end) for end in torch.aminmax(tensor))
+        if low >= 0 and high < self.vocab_size:
+            return False
+        wrong = ((tensor < 0) | (tensor >= self.vocab_size)) & (tensor != IGNORED)
+        found = bool(wrong.any())
+        if self._mend and found:
+            tensor.masked_fill_(wrong, 0)
+        return found
+
+
+def described(bad: dict[str, Tensor | bool]) -> str:
+    """What is bad, in words; waits for the device."""
+    return "; ".join(words for words, is_bad in bad.items() if bool(is_bad))
+
+
+def of_loader(error: BaseException, batch_index: int) -> Finding | None:
+    """If ``error`` comes out of a loader (here or in one of its workers): which batch could not be read, and why."""
+    trace = error.__traceback__
+    files = []
+    while trace is not None:
+        files.append((trace.tb_frame.f_code.co_filename, trace.tb_frame))
+        trace = trace.tb_next
+    if not any("torch/utils/data" in file for file, _ in files):
+        return None
+    indices = [frame.f_locals.get("possibly_batched_index") for file, frame in files if file.endswith("fetch.py")]
+    samples = f" (samples {_few(indices[0])})" if indices and indices[0] is not None else ""
+    kind, lines = type(error).__name__, str(error).strip().splitlines() or [""]
+    words = f"the loader raised {kind} for batch {batch_index}{samples}: {lines[-1].removeprefix(f'{kind}: ')}"
+    return Finding("loader", words, facts={"batch": batch_index})
+
+
+def _few(indices: Any) -> str:
+    every = list(indices) if isinstance(indices, (list, tuple)) else [indices]
+    return ", ".join(map(str, every[:8])) + (f" and {len(every) - 8} more" if len(every) > 8 else "")
+
+
+def _any(flags: list[Tensor | bool]) -> Tensor | bool:
+    if any(flag is True for flag in flags):
+        return True
+    waiting = [flag for flag in flags if isinstance(flag, Tensor)]
+    return torch.stack(waiting).any() if waiting else False
+
+
+def _name(path: Any) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path) or "batch"
