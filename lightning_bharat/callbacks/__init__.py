@@ -5,6 +5,7 @@ from lightning_bharat.callbacks.health_monitor import HealthMonitor
 from lightning_bharat.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_bharat.callbacks.replica_check import ReplicaCheck, ReplicaError
 from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from lightning_bharat.checkpoints.tiers import Tier
 from lightning_bharat.health.finding import HealthError
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "PipelineTimeline",
     "ReplicaCheck",
     "ReplicaError",
+    "Tier",
     "WeightAveraging",
 ]

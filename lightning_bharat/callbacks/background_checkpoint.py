@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         watch = getattr(trainer.strategy, "watch", None)
-        self._writer_of(trainer).wait(PATIENCE if watch is not None and watch.first is not None else None)
+        if self._writer_of(trainer).wait(PATIENCE if watch is not None and watch.first is not None else None):
+            with suppress(CheckpointError):  # the run ends by something else
+                self.settle(trainer)
 
     # ---- what ModelCheckpoint has decided
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from lightning_bharat.checkpoints.errors import on_rank_zero
 from lightning_bharat.checkpoints.interval import best_interval, between_failures
 from lightning_bharat.checkpoints.lock import FolderLock
 from lightning_bharat.checkpoints.newest import newest_of
+from lightning_bharat.checkpoints.opened import content_of
+from lightning_bharat.checkpoints.tiers import Tier, Tiers, forget_holds
 from lightning_bharat.strategies.collectives import highest
 from lightning_bharat.strategies.ends_together import Stopped
 
@@ -50,6 +53,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
             :class:`Stopped`, which ends the process with exit code 0.
         time_limit: likewise before this time is over, counted from the start of training; ``None``: before the Slurm
             job ends, if there is one.
+        tiers: further places that saves are copied to, as :class:`~lightning_bharat.checkpoints.tiers.Tier` or paths.
         max_failed_saves: saves that may fail in a row, for lack of space or by another fault of the disk, with a
             warning and the older checkpoints in place; the next one raises.
 
@@ -66,6 +70,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         time_between_failures: timedelta = timedelta(days=1),
         stop_signals: Sequence[str | int] = ("SIGTERM", "SIGUSR1"),
         time_limit: timedelta | None = None,
+        tiers: Sequence[Tier | str] = (),
         max_failed_saves: int = 3,
         **kwargs: Any,
     ) -> None:
@@ -78,6 +83,8 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         super().__init__(*args, max_failed_saves=max_failed_saves, **kwargs)
         self.interval, self.time_between_failures = interval, time_between_failures
         self._request = StopRequest(stop_signals, time_limit)
+        self.tiers = [tier if isinstance(tier, Tier) else Tier(str(tier)) for tier in tiers]
+        self._copies: Tiers | None = None
         self._asked_folder = self.dirpath
         self._lock: FolderLock | None = None
         self._is_training = False
@@ -95,6 +102,9 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._lock = self._lock or FolderLock(Path(str(self.dirpath)))
             on_rank_zero(self._lock.take)
+            if self.tiers and trainer.is_global_zero and self._copies is None:
+                forget_holds(Path(str(self.dirpath)))
+                self._copies = Tiers(self.tiers, partial(self.event, trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -108,6 +118,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._wait_for_copies(trainer)
         self.event(trainer, "train_end", step=trainer.global_step)
         self._request.stop()  # Lightning puts back what was there before it came
 
@@ -163,6 +174,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         if not self.is_saved(trainer):
             self.save_last_now(trainer)
         self.settle(trainer)
+        self._wait_for_copies(trainer)
         why = in_words(asked)
         self.event(trainer, "stop", step=trainer.global_step, why=why)
         rank_zero_info(f"Stopped after step {trainer.global_step} by {why}; ckpt_path='last' goes on.")
@@ -180,14 +192,40 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         except (OSError, subprocess.SubprocessError) as error:
             rank_zero_warn(f"Slurm did not take job {job} into its queue again: {error}")
 
+    # ---- tiers
+
+    def saved(self, trainer: pl.Trainer, path: Path) -> None:
+        """Let the tiers have it."""
+        if self._copies is None:
+            return
+        if path.is_dir():
+            self._copies.offer(path)
+        else:
+            rank_zero_warn(f"tiers take directories, and {path} is a file: write save_distributed_checkpoint=True")
+
+    def _wait_for_copies(self, trainer: pl.Trainer) -> None:
+        if self.tiers:
+            on_rank_zero(self._copies.wait if self._copies else lambda: None)
+
     # ---- going on
 
     def find_last(self, trainer: pl.Trainer) -> set[str]:
         """The newest whole checkpoint. Other ranks than the first look at sizes only: the first one's counts."""
-        found = newest_of(self._folders(trainer), rank_zero_warn, every_byte=trainer.is_global_zero)
-        if found is not None and self._asked_folder is None and found.parent.name == "checkpoints":
+        own, tiers = self._folders(trainer), [Path(tier.path) for tier in self.tiers if not tier.is_url]
+        found = newest_of([*own, *tiers], rank_zero_warn, every_byte=trainer.is_global_zero)
+        if found is not None and self._asked_folder is None and found.parent in own:
             self.dirpath = str(found.parent)
         return {str(found)} if found else set()
+
+    def find_best(self, trainer: pl.Trainer) -> None:
+        """The one that the newest whole checkpoint names, by its path or beside it."""
+        newest = newest_of(self._folders(trainer), rank_zero_warn, every_byte=False)
+        if newest is None:
+            return
+        known = content_of(newest).get("callbacks", {}).get(self.state_key, {})
+        named = Path(str(known.get("best_model_path") or newest))
+        there = [path for path in (named, newest.parent / named.name) if path.exists()]
+        self.best_model_path = str(there[0]) if there else ""
 
     def _folders(self, trainer: pl.Trainer) -> list[Path]:
         """Where this run may have written, of which Lightning's loggers give each start another one."""

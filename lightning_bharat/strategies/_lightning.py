@@ -29,10 +29,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_bharat.strategies._model_checkpoint import OpenModelCheckpoint
 from lightning_bharat.strategies._torchmetrics import know_of_updates
 from lightning_bharat.strategies.attempt_store import store_of_attempt
 
@@ -67,14 +69,21 @@ def set_rank(rank: int) -> None:
 
 
 def keep_ckpt_path(trainer: pl.Trainer) -> None:
-    """Let :func:`ckpt_path` know which checkpoint ``trainer`` goes on from, as soon as it has chosen one."""
+    """Let :func:`ckpt_path` know which checkpoint ``trainer`` goes on from, as soon as it has chosen one. ``"best"``
+    may be one of an earlier process, and is none where training begins."""
     connector: Any = trainer._checkpoint_connector
     if "chosen" in vars(connector):
         return
     connector.chosen, choose = None, connector._select_ckpt_path
 
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        connector.chosen = choose(*args, **kwargs)
+    def chosen(state_fn: TrainerFn, path: Any, *args: Any, **kwargs: Any) -> Any:
+        callback = trainer.checkpoint_callback
+        if path == "best" and isinstance(callback, OpenModelCheckpoint) and not callback.best_model_path:
+            callback.find_best(trainer)
+            if state_fn == TrainerFn.FITTING and not callback.best_model_path:
+                rank_zero_warn('ckpt_path="best", and there is no best checkpoint yet: training begins anew')
+                path = None
+        connector.chosen = choose(state_fn, path, *args, **kwargs)
         return connector.chosen
 
     connector._select_ckpt_path = chosen

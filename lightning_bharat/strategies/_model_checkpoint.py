@@ -48,6 +48,9 @@ class OpenModelCheckpoint(ModelCheckpoint):
         """What ``ckpt_path="last"`` chooses the newest of."""
         return super()._find_last_checkpoints(trainer)
 
+    def find_best(self, trainer: pl.Trainer) -> None:
+        """Set ``best_model_path`` where it is not known yet; called for ``ckpt_path="best"``."""
+
     # ---- for its children
 
     def remembered(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_bharat import events
-from lightning_bharat.callbacks import FaultTolerantCheckpoint, fault_tolerant_checkpoint
+from lightning_bharat.callbacks import FaultTolerantCheckpoint, Tier, fault_tolerant_checkpoint
 from lightning_bharat.checkpoints import safetensors_file
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.snapshot import Snapshot
@@ -400,3 +400,61 @@ def test_weights_that_are_changed_by_hand_cost_a_save_and_are_copied_at_once_fro
     assert "was changed before it had been copied" in seen[1]
     assert seen[2:] == ["save", "save", "train_end"]
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step=2.ckpt", "step=3.ckpt"]
+
+
+def in_tiers(folder: str, steps: int) -> tuple[int, str]:
+    begun = Begun()
+    tiers = [Tier(f"{folder}/shared", every=2, keep=2), f"{folder}/memory", Tier(f"file://{folder}/store", keep=2)]
+    keep = FaultTolerantCheckpoint(
+        f"{folder}/disk", every_n_train_steps=1, filename="{step}", tiers=tiers, monitor="loss", mode="min"
+    )
+    tell = Overdue(keep)
+    callbacks = [begun, keep, tell]
+    fit("gpt", {}, steps, ckpt="last", callbacks=callbacks, enable_checkpointing=True, **root(folder))
+    return begun.step, begun.path
+
+
+class Overdue(L.Callback):
+    """Lets copies be made before the next step, so that none waits."""
+
+    def __init__(self, keep: FaultTolerantCheckpoint) -> None:
+        self.keep = keep
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.keep.settle(trainer)
+        if self.keep._copies:
+            self.keep._copies.wait()
+
+
+def test_tiers_get_every_kth_save_keep_the_newest_and_are_gone_on_from(tmp_path: Path) -> None:
+    run_ranks(in_tiers, 2, str(tmp_path), 7)
+    saved = [event["step"] for event in events.read(tmp_path) if event["kind"] == "save"]
+    there = {
+        name: sorted(int(path.name[5:-5]) for path in (tmp_path / name).iterdir() if not path.name.startswith("."))
+        for name in ("disk", "shared", "memory", "store")
+    }
+    assert there["memory"] == saved[-1:] and there["store"] == saved[-2:]
+    assert there["shared"] == saved[1::2][-2:] and len(there["disk"]) == 1
+    copies = [path for name in ("shared", "memory", "store") for path in checkpoints_in(tmp_path / name)]
+    assert len(copies) == 5 and not [problem for path in copies for problem in problems(path)]
+    assert not list((tmp_path / "disk").glob(".*.hold"))
+    shutil.rmtree(tmp_path / "disk")  # the disk is lost, and the newest copy damaged
+    shutil.rmtree(tmp_path / "store")
+    newest = tmp_path / f"memory/step={saved[-1]}.ckpt"
+    (newest / "state.pt").write_bytes(b"x" * (newest / "state.pt").stat().st_size)
+    expected = there["shared"][-1] if there["shared"][-1] != saved[-1] else saved[-1]
+    step, path = run_ranks(in_tiers, 2, str(tmp_path), 8)[0]
+    assert (step, path) == (expected, str(tmp_path / f"shared/step={expected}.ckpt"))
+
+
+def best(folder: str, steps: int) -> tuple[int, str]:
+    begun = Begun()
+    keep = FaultTolerantCheckpoint(monitor="loss", every_n_train_steps=1, filename="{step}", save_last=True)
+    fit("gpt", {}, steps, ckpt="best", callbacks=[begun, keep], **WITH_LOGS, **root(folder))
+    return begun.step, keep.best_model_path
+
+
+def test_best_is_found_in_a_new_process_and_none_is_a_start(tmp_path: Path) -> None:
+    (step, path), other = run_ranks(best, 2, str(tmp_path), 5)
+    assert step == 0 and (step, path) == other
+    assert run_ranks(best, 2, str(tmp_path), 6)[0][0] == Manifest.read(Path(path)).step > 0
