@@ -1,12 +1,10 @@
 """torchelastic's agent with warm ranks, a watch of its own, and restarts that know what failed.
 
-Of torchelastic it keeps the rendezvous, the ranks' numbers, the exit barrier and the handling of signals.
-What is other:
+Of torchelastic it keeps the rendezvous, the ranks' numbers, the exit barrier and the handling of signals. What differs:
 
 - Each attempt gets a store of its own. torchelastic keeps one over restarts, in which the next attempt's ranks find
   the addresses of the last one's (pytorch #135712, #167288), and as often as not connect to the dead.
-- Ranks of a failed attempt are killed at once. torchelastic sends SIGTERM and waits 30 seconds for processes that may
-  wait for a dead one.
+- Ranks of a failed attempt are killed at once. torchelastic sends SIGTERM and waits 30 s for those that hang.
 - A rank that has stopped or hangs is a failure, too (:mod:`~lightning_bharat.cluster.watch`).
 - Whether to start again is decided by :mod:`~lightning_bharat.cluster.restart`.
 """
@@ -19,7 +17,6 @@ import signal
 import socket
 import sys
 import time
-from string import Template
 from typing import Any
 
 import torch.distributed as dist
@@ -28,16 +25,19 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from lightning_bharat.cluster.bad_nodes import BadNodes
 from lightning_bharat.cluster.failure import Failure, of_ends
-from lightning_bharat.cluster.heartbeat import NO_STEP
+from lightning_bharat.cluster.hosts import Hosts
 from lightning_bharat.cluster.rank_script import Script
 from lightning_bharat.cluster.record import Record
 from lightning_bharat.cluster.restart import Decision, RestartPolicy
 from lightning_bharat.cluster.warm_ranks import Bench, WarmRanks
 from lightning_bharat.cluster.watch import Limits, Watch
+from lightning_bharat.cluster.worker_environment import named, variables
 
 # Seconds in which a rank may turn out to be why others have lost a connection.
 _PATIENCE = 5.0
+_MEETINGS = 3  # that are tried before a host gives up
 
 
 class WarmAgent(LocalElasticAgent):
@@ -50,8 +50,10 @@ class WarmAgent(LocalElasticAgent):
         limits: after which a rank is taken for lost.
         record: of the run's events.
         logs_specs, prefix, shutdown_timeout: as torchrun's options.
+        fewest: hosts with which the run goes on.
 
     Attributes:
+        leaves: whether this host has left the run to the others.
         failure: what ended the run, if it failed.
         decision: why it was not started again.
     """
@@ -66,9 +68,10 @@ class WarmAgent(LocalElasticAgent):
         logs_specs: LogsSpecs,
         prefix: str | None = None,
         shutdown_timeout: int = 30,
+        fewest: int = 1,
     ) -> None:
         super().__init__(spec, logs_specs, shutdown_timeout=shutdown_timeout)
-        self._logs, self._prefix, self._last_words = logs_specs, Template(prefix or ""), shutdown_timeout
+        self._logs, self._prefix, self._last_words = logs_specs, prefix or "", shutdown_timeout
         self._bench, self._script, self._limits, self._record = bench, script, limits, record
         self._policy = RestartPolicy(spec.max_restarts)
         self._look_for = spec.monitor_interval
@@ -77,15 +80,26 @@ class WarmAgent(LocalElasticAgent):
         self._server: dist.TCPStore | None = None  # of this attempt, if this host serves it
         self._ranks: WarmRanks | None = None
         self._watch: Watch | None = None
-        self._trains = False
-        self._victims_since: float | None = None
+        self._hosts: Hosts | None = None
+        self._trains, self._victims_since = False, 0.0
+        self._bad_nodes, self._fewest = BadNodes(os.uname().nodename), fewest
+        self.leaves = False
         self.failure: Failure | None = None
         self.decision: Decision | None = None
 
     # ---- starting
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        super()._rendezvous(worker_group)
+        for left in reversed(range(_MEETINGS)):
+            try:
+                super()._rendezvous(worker_group)
+                self._agree_on_store(worker_group)
+                return
+            except dist.DistStoreError:  # a host was lost after all had met: those that are left meet again
+                if not left:
+                    raise
+
+    def _agree_on_store(self, worker_group: WorkerGroup) -> None:
         group: Any = worker_group
         store, here = group.store, group.group_rank
         # A host that came later has counted fewer.
@@ -99,60 +113,31 @@ class WarmAgent(LocalElasticAgent):
         if here != 0:
             self._server = None
         group.master_addr, group.master_port = address, port
+        self._hosts = Hosts(address, port, here, group.group_world_size)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        envs = {worker.local_rank: self._environment(worker_group, worker) for worker in worker_group.workers}
-        numbers = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        prefixes = {worker.local_rank: self._named(worker_group, worker) for worker in worker_group.workers}
+        workers = worker_group.workers
+        envs = {worker.local_rank: variables(worker_group, worker, self._attempt) for worker in workers}
+        numbers = {worker.local_rank: worker.global_rank for worker in workers}
+        prefixes = {worker.local_rank: named(self._prefix, worker_group, worker) for worker in workers}
         self._record.note(
             "start",
             attempt=self._attempt,
-            ranks=worker_group.workers[0].world_size,
+            ranks=workers[0].world_size,
             node=worker_group.group_rank,
             nodes=worker_group.group_world_size,
         )
         self._ranks = WarmRanks(self._bench, self._script, envs, numbers, self._logs, prefixes, worker_group.spec.role)
         self._pcontext = self._ranks
-        self._trains, self._victims_since = False, None
+        self._trains, self._victims_since = False, 0.0
         self._ranks.start()
         self._watch = Watch(self._ranks.running, self._limits)
         return self._ranks.pids()
 
-    def _environment(self, group: WorkerGroup, worker: Any) -> dict[str, str]:
-        """torchelastic's variables."""
-        spec = group.spec
-        return {
-            "LOCAL_RANK": str(worker.local_rank),
-            "RANK": str(worker.global_rank),
-            "GROUP_RANK": str(group.group_rank),
-            "ROLE_RANK": str(worker.role_rank),
-            "ROLE_NAME": spec.role,
-            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-            "WORLD_SIZE": str(worker.world_size),
-            "GROUP_WORLD_SIZE": str(group.group_world_size),
-            "ROLE_WORLD_SIZE": str(worker.role_world_size),
-            "MASTER_ADDR": str(group.master_addr),
-            "MASTER_PORT": str(group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(self._attempt),
-            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
-            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.getenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        }
-
-    def _named(self, group: WorkerGroup, worker: Any) -> str:
-        """What stands before each line of a rank whose streams are shown by --tee."""
-        return self._prefix.safe_substitute(
-            role_name=group.spec.role,
-            rank=worker.global_rank,
-            local_rank=worker.local_rank,
-            hostname=socket.gethostname(),
-        )
-
     # ---- watching
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        assert self._ranks is not None
+        assert self._ranks is not None and self._hosts is not None
         self._ranks.look(self._look_for)
         self._note_progress()
         if (failure := self._failed()) is not None:
@@ -160,8 +145,11 @@ class WarmAgent(LocalElasticAgent):
             return RunResult(WorkerState.FAILED, failures=self._process_failures(worker_group))
         if self._ranks.running:
             return RunResult(WorkerState.HEALTHY)
+        self._hosts.stop()
         self._record.settle(self._ranks.run_folder())
-        self._record.note("end", ok=True, attempt=self._attempt, step=self._reached(), node=worker_group.group_rank)
+        self._record.note(
+            "end", ok=True, attempt=self._attempt, step=self._ranks.reached(), node=worker_group.group_rank
+        )
         return RunResult(WorkerState.SUCCEEDED, {worker.global_rank: None for worker in worker_group.workers})
 
     def _note_progress(self) -> None:
@@ -181,8 +169,10 @@ class WarmAgent(LocalElasticAgent):
             self._bench.fill(len(pulses))
 
     def _failed(self) -> Failure | None:
-        assert self._ranks is not None and self._watch is not None
+        assert self._ranks is not None and self._watch is not None and self._hosts is not None
         failure = of_ends(self._ranks.ends)
+        if failure is None and self._hosts.lost:
+            return Failure("lost connection", (), self._hosts.lost, self._ranks.reached())
         if failure is None:
             return self._watch.look()
         if failure.ranks or not self._ranks.running:
@@ -193,10 +183,14 @@ class WarmAgent(LocalElasticAgent):
 
     def _decide(self, failure: Failure) -> None:
         assert self._ranks is not None
-        reached = self._reached()
+        reached = self._ranks.reached()
         self._record.settle(self._ranks.run_folder())
         self.failure = failure
         self.decision = self._policy.decide(failure, reached)
+        group = self.get_worker_group()
+        spare = (group.group_world_size or 1) > self._fewest
+        if spare and (bad := self._bad_nodes.judge(failure, self._record.place)):
+            self.decision, self.leaves = Decision(False, 0, bad), True
         self._remaining_restarts = int(self.decision.again)
         report = self._record.report(f"attempt_{self._attempt}_{os.uname().nodename}", failure.report)
         self._record.note(
@@ -206,7 +200,7 @@ class WarmAgent(LocalElasticAgent):
             ranks=list(failure.ranks),
             words=failure.words,
             step=reached,
-            progress=self._got_on(),
+            progress=self._ranks.got_on(),
             report=report,
         )
         self._tell(failure, report)
@@ -218,16 +212,6 @@ class WarmAgent(LocalElasticAgent):
         print(f"bharat launch: {what}; {then}: {self.decision.why}", file=sys.stderr, flush=True)
         if report and failure.cause in ("stopped", "hung"):
             print(f"bharat launch: stacks of all ranks are in {report}", file=sys.stderr, flush=True)
-
-    def _reached(self) -> int:
-        assert self._ranks is not None
-        return max((pulse.step for pulse in self._ranks.pulses().values()), default=NO_STEP)
-
-    def _got_on(self) -> float:
-        """When a rank last got on, on the wall clock; now, where none says so."""
-        assert self._ranks is not None
-        last = max((pulse.progress for pulse in self._ranks.pulses().values() if pulse.step >= 0), default=0.0)
-        return time.time() - (time.monotonic() - last if last else 0.0)
 
     def _process_failures(self, group: WorkerGroup) -> dict[int, ProcessFailure]:
         """As torchelastic reports them."""
@@ -259,5 +243,7 @@ class WarmAgent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         # Where all is well another host comes or comes back, and there may be something to save.
         well = worker_group.state == WorkerState.HEALTHY
+        if self._hosts is not None:
+            self._hosts.stop()
         if self._ranks is not None:
             self._ranks.close(signal.SIGTERM if well else signal.SIGKILL, self._last_words)

@@ -21,6 +21,11 @@ class Record:
         self.folder = folder
         self._kept: list[tuple[str, dict[str, Any]]] = []
 
+    @property
+    def place(self) -> Path:
+        """The run's folder; until one is known, the working directory."""
+        return self.folder or Path.cwd()
+
     def note(self, kind: str, **facts: Any) -> None:
         """An event that happens now."""
         self._kept.append((kind, {"time": time.time(), **facts}))

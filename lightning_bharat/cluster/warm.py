@@ -4,8 +4,8 @@
     >>> server.run(function, 2, argument)           # doctest: +SKIP
     [what rank 0 returned, what rank 1 returned]
 
-Engine: :mod:`multiprocessing`'s fork server. The server imports and forks, nothing else: it must never touch an
-accelerator, start a thread or run an operator, since what it started a fork would break.
+Engine: :mod:`multiprocessing`'s fork server. It imports and forks, nothing else: it must never touch an accelerator,
+start a thread or run an operator, since what it started a fork would break.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class WarmServer:
     process that started it.
 
     Args:
-        preload: modules that it imports; those that are not installed are left out.
+        preload: modules that it imports, if they are installed.
     """
 
     def __init__(self, preload: Sequence[str] = PRELOAD) -> None:
@@ -53,12 +53,11 @@ class WarmServer:
             forkserver.ensure_running()
 
     def fork(self, target: Callable, *args: Any) -> tuple[Any, Connection]:
-        """One process that calls ``target(channel, *args)``, and the other end of its channel."""
+        """A process that calls ``target(channel, *args)``, and the channel's other end."""
         self.warm_up()
         here, there = self._context.Pipe()
-        process = self._context.Process(target=target, args=(there, *args))
-        process.start()
-        there.close()
+        with there:
+            (process := self._context.Process(target=target, args=(there, *args))).start()
         return process, here
 
     def start(self, function: Callable, ranks: int, *args: Any, env: Mapping[str, str] | None = None) -> WarmJob:
@@ -68,7 +67,7 @@ class WarmServer:
         one thread, gloo on the loopback, this process's working directory and environment, and ``env`` on top.
 
         Args:
-            function: importable by name (defined at a module's top level), like every argument's class.
+            function: importable by name (at a module's top level), like every argument's class.
 
         Raises:
             TypeError: ``function`` or an argument can't be pickled.
@@ -136,9 +135,8 @@ class WarmJob:
         os.kill(self._processes[rank].pid, signum)
 
     def wait(self, timeout: float = 60, grace: float = 5) -> list[RankOutcome]:
-        """Wait for all ranks, ``grace`` seconds after the first failure, ``timeout`` seconds in all; then kill the
-        rest, after their stacks are taken. Never raises for what happens in a rank. Leaves no process behind.
-        """
+        """Wait for all ranks, ``grace`` seconds after the first failure, ``timeout`` seconds in all; then take
+        stacks and kill the rest. Never raises for what happens in a rank. Leaves no process behind."""
         try:
             self._follow(self._began + timeout, grace)
             self._take_stacks()

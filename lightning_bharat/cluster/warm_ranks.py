@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
 from lightning_bharat.cluster import rank_script
 from lightning_bharat.cluster.failure import RankEnd
-from lightning_bharat.cluster.heartbeat import Pulse, run_of
+from lightning_bharat.cluster.heartbeat import NO_STEP, Pulse, run_of
 from lightning_bharat.cluster.rank_script import HEARTBEAT, Orders, Script
 from lightning_bharat.cluster.warm import WarmServer
 
@@ -160,6 +160,15 @@ class WarmRanks(PContext):
     def pulses(self) -> dict[int, Pulse]:
         """What each rank has last said, by global rank."""
         return {self._ranks[local]: Pulse.read(self.folder_of(local) / HEARTBEAT) for local in self._processes}
+
+    def reached(self) -> int:
+        """Optimizer steps that are done on some rank; -1: not known."""
+        return max((pulse.step for pulse in self.pulses().values()), default=NO_STEP)
+
+    def got_on(self) -> float:
+        """When a rank last got on, on the wall clock; now, where none says so."""
+        last = max((pulse.progress for pulse in self.pulses().values() if pulse.step >= 0), default=0.0)
+        return time.time() - (time.monotonic() - last if last else 0.0)
 
     def run_folder(self) -> Path | None:
         """The run's folder, once a rank has told it."""

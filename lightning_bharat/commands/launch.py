@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -19,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, get_args_parser
 
 from lightning_bharat.cluster.agent import WarmAgent
+from lightning_bharat.cluster.bad_nodes import BadNodes
 from lightning_bharat.cluster.one_host import OneHost
 from lightning_bharat.cluster.rank_script import Script
 from lightning_bharat.cluster.record import Record
@@ -74,6 +76,9 @@ def main(words: Sequence[str]) -> int:
         return 2
     run = options.run or os.environ.get("BHARAT_RUN", "")
     record = Record(Path(run).absolute() if run else None)
+    if config.max_nodes > 1 and (why := BadNodes(os.uname().nodename).refuse(record.place)):
+        say_error("bharat launch", why)
+        return 1
     bench = Bench(WarmServer((*PRELOAD, *filter(None, options.preload.split(",")))))
     bench.warm_up()
     try:
@@ -136,8 +141,11 @@ def _meeting(config: LaunchConfig) -> RendezvousHandler:
     if config.rdzv_backend == "one-host":
         config.local_addr = config.local_addr or "127.0.0.1"
         return OneHost(config.run_id, config.local_addr)
-    # A host that is gone is missed after three of these, and others are waited for no longer than that.
-    settings = {"keep_alive_interval": 1, "last_call_timeout": 4, **config.rdzv_configs}
+    # Else torchelastic says where its store is in the first round alone, and a host that comes later waits in vain.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # torchelastic misses a host after 15 seconds, and waits for more than the fewest for 30.
+    settings = {"keep_alive_interval": 1, "keep_alive_max_attempt": 8, "last_call_timeout": 5, "read_timeout": 20}
+    settings |= config.rdzv_configs
     return handlers.create_handler(
         RendezvousParameters(
             config.rdzv_backend,
@@ -162,7 +170,7 @@ def _run(config: LaunchConfig, script: Script, limits: Limits, record: Record, b
     except SignalException as error:  # the job may go on without this host: the rendezvous stays open
         record.note("end", ok=False, words=f"the launcher got {error.sigval.name}")
         return 128 + error.sigval
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         why = f"the rendezvous at {config.rdzv_endpoint} failed: {error} Its host must outlive the run"
         record.note("end", ok=False, words=why)
         say_error("bharat launch", why)
@@ -170,7 +178,8 @@ def _run(config: LaunchConfig, script: Script, limits: Limits, record: Record, b
     if result is None or not result.is_failed():
         handler.shutdown()
         return 0
-    handler.shutdown()
+    if not agent.leaves:  # else the others go on, and the rendezvous stays open
+        handler.shutdown()
     assert agent.failure is not None and agent.decision is not None
     record.note("end", ok=False, words=f"{agent.failure.words}; {agent.decision.why}")
     return 1
@@ -191,7 +200,8 @@ def _agent(
     )
     assert config.logs_specs is not None and config.shutdown_timeout is not None
     prefix = config.log_line_prefix_template
-    return WarmAgent(spec, bench, script, limits, record, config.logs_specs, prefix, config.shutdown_timeout)
+    logs, patience = config.logs_specs, config.shutdown_timeout
+    return WarmAgent(spec, bench, script, limits, record, logs, prefix, patience, fewest=config.min_nodes)
 
 
 if __name__ == "__main__":
