@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from lightning_bharat.checkpoints import compressed_file
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.index import chunk_key
 from lightning_bharat.checkpoints.planned import chunks
@@ -104,28 +105,43 @@ class _Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
-            by_file.setdefault(self.index.storage_data[item.storage_index], []).append(item)
+            by_file.setdefault(self.index.storage_data[item.storage_index].file, []).append(item)
         for name, items in by_file.items():
             self.check(self.folder / name)
             try:
-                with safe_open(self.folder / name, framework="pt") as file:
-                    for item in items:
-                        self._read(file, item, planner)
-            except SafetensorError as error:
+                self._read_file(self.folder / name, items, planner)
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.folder / name} is damaged: {error}") from None
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     @torch.no_grad()
-    def _read(self, file: Any, item: ReadItem, planner: LoadPlanner) -> None:
+    def _read_file(self, path: Path, items: list[ReadItem], planner: LoadPlanner) -> None:
+        if path.name.endswith(compressed_file.SUFFIX):
+            for item in items:
+                planner.resolve_tensor(item).copy_(self._unpacked(path, item))
+            return
+        with safe_open(path, framework="pt") as file:
+            for item in items:
+                name, shape, chunk = self._stored(item)
+                key = chunk_key(name, shape, chunk)
+                ranges = [slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True)]
+                values = file.get_slice(key)[tuple(ranges)] if ranges else file.get_tensor(key)
+                planner.resolve_tensor(item).copy_(values)
+
+    def _unpacked(self, path: Path, item: ReadItem) -> Tensor:
+        name, _, chunk = self._stored(item)
+        dtype = cast(TensorStorageMetadata, self.index.state_dict_metadata[name]).properties.dtype
+        place = self.index.storage_data[item.storage_index].place
+        return compressed_file.read(path, place, chunk.sizes, dtype, item.storage_offsets, item.lengths)
+
+    def _stored(self, item: ReadItem) -> tuple[str, torch.Size, ChunkStorageMetadata]:
+        """Name and shape of a tensor, and the rectangle of it that ``item`` reads from."""
         index = item.storage_index
         stored = cast(TensorStorageMetadata, self.index.state_dict_metadata[index.fqn])
         assert index.index is not None
-        key = chunk_key(index.fqn, stored.size, stored.chunks[index.index])
-        ranges = [slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True)]
-        values = file.get_slice(key)[tuple(ranges)] if ranges else file.get_tensor(key)
-        planner.resolve_tensor(item).copy_(values)
+        return index.fqn, stored.size, stored.chunks[index.index]
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lightning_bharat.checkpoints import compressed_file
+from lightning_bharat.checkpoints.compressed_file import SUFFIX, Place
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.safetensors_file import DTYPES, dtype_name
 
@@ -74,7 +78,20 @@ def _beside(path: Path) -> str:
     return f"in {folder} are {', '.join(found[:8])}" if found else f"{folder} has no checkpoint"
 
 
-def write_index(folder: Path, metadata: Metadata, files: dict[MetadataIndex, str]) -> None:
+@dataclass(frozen=True)
+class Stored:
+    """Where a rectangle was written.
+
+    Attributes:
+        file: its name: safetensors, under :func:`chunk_key`, or compressed.
+        place: in a compressed file.
+    """
+
+    file: str
+    place: Place | None = None
+
+
+def write_index(folder: Path, metadata: Metadata, files: Mapping[MetadataIndex, Stored]) -> None:
     """Write the index of what ``metadata`` lists; ``files`` says where each rectangle was written."""
     tensors = {}
     for name, stored in metadata.state_dict_metadata.items():
@@ -86,7 +103,7 @@ def write_index(folder: Path, metadata: Metadata, files: dict[MetadataIndex, str
                 {
                     "offsets": list(chunk.offsets),
                     "sizes": list(chunk.sizes),
-                    "file": files[MetadataIndex(name, chunk.offsets)],
+                    **_described(files[MetadataIndex(name, chunk.offsets)]),
                 }
                 for chunk in stored.chunks
             ],
@@ -94,8 +111,14 @@ def write_index(folder: Path, metadata: Metadata, files: dict[MetadataIndex, str
     write_json(folder / INDEX, {"tensors": tensors})
 
 
+def _described(stored: Stored) -> dict[str, Any]:
+    if stored.place is None:
+        return {"file": stored.file}
+    return {"file": stored.file, "begin": stored.place.begin, "pieces": list(stored.place.pieces)}
+
+
 def read_index(folder: Path) -> Metadata:
-    """The index as torch's planners want it; ``storage_data`` maps each rectangle to its file.
+    """The index as torch's planners want it; ``storage_data`` maps each rectangle to where it is :class:`Stored`.
 
     Raises:
         CheckpointError: it is missing, damaged, or says what can't be (a rectangle outside its tensor, a gap, a file
@@ -104,7 +127,7 @@ def read_index(folder: Path) -> Metadata:
     path = folder / INDEX
     content = read_json(path)
     tensors: dict[str, Any] = {}
-    files: dict[MetadataIndex, str] = {}
+    files: dict[MetadataIndex, Stored] = {}
     try:
         for name, entry in content["tensors"].items():
             tensors[name] = stored = TensorStorageMetadata(
@@ -114,7 +137,8 @@ def read_index(folder: Path) -> Metadata:
             )
             _check_chunks(stored)
             for chunk, said in zip(stored.chunks, entry["chunks"], strict=True):
-                files[MetadataIndex(name, chunk.offsets)] = _file_name(said["file"])
+                nbytes = prod(chunk.sizes) * stored.properties.dtype.itemsize
+                files[MetadataIndex(name, chunk.offsets)] = _stored(said, nbytes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return Metadata(tensors, storage_data=files)
@@ -126,10 +150,16 @@ def _sizes(numbers: Any) -> torch.Size:
     return torch.Size(numbers)
 
 
-def _file_name(name: Any) -> str:
-    if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
-        raise ValueError(f"{name!r} is not the name of a safetensors file in this directory")
-    return name
+def _stored(said: dict[str, Any], nbytes: int) -> Stored:
+    name = said["file"]
+    if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith((".safetensors", SUFFIX)):
+        raise ValueError(f"{name!r} is not the name of a safetensors or {SUFFIX} file in this directory")
+    if not name.endswith(SUFFIX):
+        return Stored(name)
+    place = Place(_sizes([said["begin"]])[0], tuple(_sizes(said["pieces"])))
+    if len(place.pieces) != -(-nbytes // compressed_file.PIECE):
+        raise ValueError(f"{len(place.pieces)} pieces can't hold {nbytes} bytes")
+    return Stored(name, place)
 
 
 def _check_chunks(stored: TensorStorageMetadata) -> None:

@@ -34,6 +34,19 @@ class Opened:
         state = self.content["state_dict"]
         return {name: value for name, value in state.items() if isinstance(value, (Tensor, stored.StoredTensor))}
 
+    def nbytes(self) -> int:
+        """Of all tensors that are stored by themselves, as they are in memory."""
+        return sum(value.shape.numel() * value.dtype.itemsize for value in _distinct(self.content).values())
+
+
+def _distinct(tree: Any) -> dict[str, stored.StoredTensor]:
+    found: dict[str, stored.StoredTensor] = {}
+    if isinstance(tree, stored.StoredTensor):
+        found[tree.name] = tree
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
+        found |= _distinct(part)
+    return found
+
 
 def open_any(checkpoint: str | Path) -> Opened:
     """Open a directory (ours or DeepSpeed's) or a ``.ckpt`` without reading its tensors and without running its code.

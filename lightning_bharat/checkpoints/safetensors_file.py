@@ -86,7 +86,7 @@ def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None 
     text += b" " * (-len(text) % 8)
     digest = new_digest()
     with path.open("wb") as file:
-        for part in chain([len(text).to_bytes(8, "little") + text], map(_bytes, entries)):
+        for part in chain([len(text).to_bytes(8, "little") + text], map(as_bytes, entries)):
             digest.update(part)
             file.write(part)
         file.flush()
@@ -94,7 +94,12 @@ def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None 
     return digest.hexdigest()
 
 
-def _bytes(entry: Entry) -> Any:
+def as_bytes(entry: Entry) -> Any:
+    """The values of ``entry`` as an array of bytes.
+
+    Raises:
+        CheckpointError: they are of another type or shape than announced.
+    """
     tensor = entry.read().detach()
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise CheckpointError(

@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
-from lightning_bharat.checkpoints import directory, safetensors_file
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from lightning_bharat.checkpoints import compressed_file, directory, safetensors_file
+from lightning_bharat.checkpoints.compressed_file import Place
 from lightning_bharat.checkpoints.document import as_plain, state_bytes, take_shares, write_state
 from lightning_bharat.checkpoints.errors import disk_errors, on_all_ranks, on_rank_zero, together
-from lightning_bharat.checkpoints.index import write_index
+from lightning_bharat.checkpoints.index import Stored, chunk_key, write_index
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.planned import Planned, Planner
 from lightning_bharat.checkpoints.snapshot import HostMemory, Later, Snapshot
 
 T = TypeVar("T")
+Compression: TypeAlias = Literal["zstd"]
 
 
 class Ranks(Protocol):
@@ -42,10 +46,15 @@ class InGroup:
 
 
 class Saver:
-    """Saves checkpoints, one after another, and keeps what the next one can use: the plan, and host memory."""
+    """Saves checkpoints, one after another, and keeps what the next one can use: the plan, and host memory.
 
-    def __init__(self) -> None:
+    Args:
+        compression: of tensors; ``None`` leaves them as any safetensors reader opens them.
+    """
+
+    def __init__(self, compression: Compression | None = None) -> None:
         self._planner, self._memory = Planner(), HostMemory()
+        self.compression = compression
 
     def save(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
         """Write ``checkpoint`` to ``path``, which appears when it is whole. All ranks must call it.
@@ -88,7 +97,7 @@ class Saver:
 
         with disk_errors():
             staging = on_rank_zero(stage)
-        return Saving(path, staging, planned, snapshot, b"".join(state), manifest)
+        return Saving(path, staging, planned, snapshot, b"".join(state), manifest, self.compression)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class Saving:
     snapshot: Snapshot
     state: bytes
     manifest: Manifest
+    compression: Compression | None = None
 
     def write(self, ranks: Ranks) -> None:
         """Write this rank's file; when all ranks have, rank 0 writes the rest and commits. All ranks must call it.
@@ -121,19 +131,36 @@ class Saving:
             shutil.rmtree(self.staging, ignore_errors=True)
             raise
 
-    def _write_own(self) -> dict[str, str]:
-        """Digests by the names of the files that this rank wrote."""
+    def _write_own(self) -> dict[str, Any]:
+        """What this rank has written: the file's name and digest, and where its tensors are in it if that is not told
+        by itself."""
         self.snapshot.complete()
         if not self.snapshot.entries:
             return {}
-        name = self.planned.file
-        return {name: safetensors_file.write(self.staging / name, self.snapshot.entries, {"format": "pt"})}
+        name, entries = self._named(self.planned.file), self.snapshot.entries
+        if self.compression is None:
+            return {"file": name, "digest": safetensors_file.write(self.staging / name, entries, {"format": "pt"})}
+        digest, places = compressed_file.write(self.staging / name, entries)
+        return {"file": name, "digest": digest, "places": {key: (p.begin, p.pieces) for key, p in places.items()}}
 
-    def _commit(self, written: list[dict[str, str]]) -> None:
+    def _named(self, file: str) -> str:
+        return file if self.compression is None else str(Path(file).with_suffix(compressed_file.SUFFIX))
+
+    def _commit(self, written: list[dict[str, Any]]) -> None:
         planned = self.planned
         assert planned.metadata is not None
-        write_index(self.staging, planned.metadata, planned.files)
+        done = {own["file"]: own for own in written if own}
+        write_index(self.staging, planned.metadata, dict(self._stored(planned.metadata, done)))
         write_state(self.staging, self.state)
-        digests = {name: digest for of_rank in written for name, digest in of_rank.items()}
-        self.manifest.write(self.staging, digests)
+        self.manifest.write(self.staging, {name: own["digest"] for name, own in done.items()})
         directory.commit(self.staging, self.path)
+
+    def _stored(self, metadata: Metadata, done: Mapping[str, Any]) -> Iterator[tuple[MetadataIndex, Stored]]:
+        """Where each rectangle is."""
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)
+            for chunk in entry.chunks:
+                index = MetadataIndex(name, chunk.offsets)
+                file = self._named(self.planned.files[index])
+                place = done[file].get("places", {}).get(chunk_key(name, entry.size, chunk))
+                yield index, Stored(file, Place(place[0], tuple(place[1])) if place else None)

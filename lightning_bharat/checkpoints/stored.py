@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lightning_bharat.checkpoints.dcp import load_shares
 from lightning_bharat.checkpoints.document import STATE, put_back, read_state
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.index import INDEX, read_index
 from lightning_bharat.checkpoints.manifest import MANIFEST, Manifest
-from lightning_bharat.checkpoints.saving import Saver
+from lightning_bharat.checkpoints.saving import Compression, Saver
 from lightning_bharat.checkpoints.share import Share
 
 
@@ -31,8 +31,15 @@ class StoredTensor:
     checkpoint: Checkpoint | None
 
     def read(self) -> Tensor:
-        """The whole tensor, in host memory."""
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        """The whole tensor, in host memory.
+
+        Raises:
+            CheckpointError: it can't be read, or is larger than the memory.
+        """
+        try:
+            whole = torch.empty(self.shape, dtype=self.dtype)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.name} {list(self.shape)} does not fit into host memory: {error}") from None
         load_into([(Share.of(whole), self)])
         return whole
 
@@ -53,7 +60,23 @@ class Checkpoint:
     def index(self) -> Metadata:
         """What tensors there are and where; read when first needed."""
         self.check(self.folder / INDEX)
-        return read_index(self.folder)
+        index = read_index(self.folder)
+        self._check_sizes(index)
+        return index
+
+    def _check_sizes(self, index: Metadata) -> None:
+        """Refuse tensors that can't be in their files, before memory is asked for."""
+        needed: dict[str, int] = {}
+        for name, entry in index.state_dict_metadata.items():
+            entry = cast(TensorStorageMetadata, entry)
+            for chunk in entry.chunks:
+                stored = index.storage_data[MetadataIndex(name, chunk.offsets)]
+                size = chunk.sizes.numel() * entry.properties.dtype.itemsize
+                needed[stored.file] = needed.get(stored.file, 0) + (sum(stored.place.pieces) if stored.place else size)
+        for name, size in needed.items():
+            there = self.manifest.files.get(name, {}).get("bytes")
+            if there is not None and size > there:
+                raise CheckpointError(f"{self.folder / INDEX} is damaged: {name} of {there} bytes can't hold {size}")
 
     def check(self, path: Path) -> None:
         """Compare the bytes of a file with what was written, the first time.
@@ -94,15 +117,18 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def save(path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
+def save(path: Path, checkpoint: dict[str, Any], manifest: Manifest, compression: Compression | None = None) -> None:
     """Write Lightning's dict to the directory ``path``, which appears when it is whole. All ranks must call it.
 
     Shares and DTensors anywhere in ``checkpoint`` are written by the ranks that hold them; the rest is rank 0's.
 
+    Args:
+        compression: ``"zstd"`` writes fewer bytes, without loss (:mod:`~lightning_bharat.checkpoints.compressed_file`).
+
     Raises:
         CheckpointError: on every rank, with the first reason; ``path`` is then as it was before.
     """
-    Saver().save(path, checkpoint, manifest)
+    Saver(compression).save(path, checkpoint, manifest)
 
 
 def load_into(targets: Iterable[tuple[Share, StoredTensor | Tensor]]) -> None:

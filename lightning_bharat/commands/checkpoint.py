@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bharat.checkpoints import directory, folder, plain, stored
+from lightning_bharat.checkpoints.compressed_file import SUFFIX
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
 from lightning_bharat.checkpoints.opened import Opened, dtype_after, open_any, reader
@@ -138,6 +139,8 @@ def describe(found: Opened, tensors: bool = False) -> str:
         "Hugging Face": f"{model['class']} at {model['prefix'] or 'the top'}" if model else "no model",
         "versions": ", ".join(f"{name} {v}" for name, v in about.get("versions", {}).items()) or "unknown",
     }
+    if packed := sum(file["bytes"] for name, file in about.get("files", {}).items() if name.endswith(SUFFIX)):
+        lines["compressed"] = f"{found.nbytes() / packed:.2f} times smaller"
     text = [f"{name + ':':<14}{value}" for name, value in lines.items()]
     if tensors:
         text += [f"  {name}  {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for name, v in weights.items()]

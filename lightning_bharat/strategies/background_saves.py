@@ -29,6 +29,7 @@ class BackgroundSaves:
 
     Attributes:
         writer: runs what has been put off. One save at a time: the next one waits for it.
+        saver: makes them.
         last: the save that was begun last.
         waited: seconds that steps have waited for its copy.
     """
@@ -37,7 +38,7 @@ class BackgroundSaves:
         self.writer = Background()
         self.last: Saving | None = None
         self.waited = 0.0
-        self._saver, self._strategy = Saver(), strategy
+        self.saver, self._strategy = Saver(), strategy
         self._ranks: InStore | None = None
         self._puts_off = self._is_changed = False
 
@@ -78,13 +79,13 @@ class BackgroundSaves:
         """
         self.writer.wait()
         if not self._puts_off:
-            self._saver.save(path, checkpoint, manifest)
+            self.saver.save(path, checkpoint, manifest)
             return
         if self._ranks is None:
             self._ranks = self._meet()
         self.waited, ranks = 0.0, self._ranks
         steady = {} if self._is_changed else _stepped_on(self._strategy.optimizers)
-        self.last = self._saver.begin(
+        self.last = self.saver.begin(
             path, checkpoint, manifest, copy=True, later=lambda part: steady.get(part.untyped_storage().data_ptr())
         )
         self.writer.do(lambda saving=self.last: self._write(saving, ranks))  # type: ignore[misc]

@@ -49,6 +49,7 @@ class Options:
     compile: bool | Mapping[str, Any]
     weights: Any
     save_distributed_checkpoint: bool
+    checkpoint_compression: str | None
     process_group_backend: str | None
     timeout: timedelta | None
 

@@ -83,7 +83,7 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
     ("old", "new", "words"),
     [
         ('"chunks"', '"chunk"', "damaged: KeyError"),
-        ('"rank_00000.safetensors"', '"../elsewhere.safetensors"', "not the name of a safetensors file"),
+        ('"rank_00000.safetensors"', '"../elsewhere.safetensors"', "not the name of a safetensors or .zst file"),
         ('"F32"', '"F33"', "damaged: KeyError: 'F33'"),
         ("{", "", "can't be read as JSON"),
     ],
@@ -257,7 +257,7 @@ def test_what_can_not_be_read_back_is_refused_by_its_key(value: dict, key: str) 
 
 def save_and_hang(layout: Layout, folder: str) -> None:
     """Save another version, and stop in the middle of a file."""
-    write_bytes = safetensors_file._bytes
+    write_bytes = safetensors_file.as_bytes
     written = []
 
     def slowly(entry: safetensors_file.Entry) -> object:
@@ -267,7 +267,7 @@ def save_and_hang(layout: Layout, folder: str) -> None:
             time.sleep(60)
         return write_bytes(entry)
 
-    safetensors_file._bytes = slowly
+    safetensors_file.as_bytes = slowly
     save_case(layout, folder, seed=5)
 
 

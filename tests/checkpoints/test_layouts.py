@@ -15,6 +15,7 @@ from lightning_bharat.checkpoints import Checkpoint, dcp, load_weights, optimize
 from lightning_bharat.checkpoints.errors import together
 from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import Manifest
+from lightning_bharat.checkpoints.saving import Compression
 from lightning_bharat.plan.layout import Layout
 from tests.checkpoints.cases import Case
 from tests.ranks import run_ranks
@@ -29,7 +30,7 @@ LAYOUTS = {
 }
 
 
-def save_case(layout: Layout, folder: str, seed: int = 1) -> None:
+def save_case(layout: Layout, folder: str, seed: int = 1, compression: Compression | None = None) -> None:
     case = Case(layout, seed)
     case.give_values()
     if case.rank > 0:
@@ -42,7 +43,7 @@ def save_case(layout: Layout, folder: str, seed: int = 1) -> None:
         "global_step": 7,
         "hyper_parameters": {"width": 8, "betas": (0.9, 0.99)},
     }
-    save(Path(folder), checkpoint, Manifest.of(checkpoint, layout))
+    save(Path(folder), checkpoint, Manifest.of(checkpoint, layout), compression)
 
 
 def load_case(layout: Layout, folder: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:

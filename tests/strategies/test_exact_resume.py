@@ -135,7 +135,7 @@ def fit(loader: str, precision: str, folder: str, ckpt: str | None, dropout: flo
     by_steps = precision == "bf16-mixed"  # Lightning goes on in another way where it counts steps
     module, logger, ranks = Module(loader, folder, dropout), Logged(), int(os.environ["WORLD_SIZE"])
     trainer = L.Trainer(
-        strategy=HybridStrategy(),
+        strategy=HybridStrategy(checkpoint_compression="zstd" if by_steps else None),
         devices=ranks,
         accelerator="cpu",
         precision=precision,
