@@ -43,6 +43,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.schedules
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.balance
+	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.checkpoint
 
 $(INSTALLED): pyproject.toml constraints.txt
