@@ -60,6 +60,7 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
         self.max_failed_saves = max_failed_saves
         self.stall = self.seconds = 0.0
         self._failed_saves, self._since = 0, 0.0
+        self._orphans: set[str] = set()
         self._flight: _Flight | None = None
         self._before: dict[str, Any] | None = None
         self._writer = Background()  # of strategies that have none
@@ -81,6 +82,15 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
         if self._writer_of(trainer).wait(PATIENCE if watch is not None and watch.first is not None else None):
             with suppress(CheckpointError):  # the run ends by something else
                 self.settle(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With what a checkpoint replaces, which a process that is killed after it can't remove any more."""
+        replaced = self.paths(self._before) - self.paths(self.remembered()) if self._before else self._orphans
+        return {**super().state_dict(), "replaced": sorted(replaced)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._orphans = set(state_dict.get("replaced", []))
 
     # ---- what ModelCheckpoint has decided
 
@@ -116,6 +126,10 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
         self.stall = flight.stall = time.perf_counter() - flight.began
         self._writer_of(trainer).do(lambda: setattr(flight, "ended", time.perf_counter()))
         self._flight = flight
+        known, self._orphans, orphans = self.paths(self.remembered()), set(), self._orphans
+        for orphan in sorted(orphans - known):
+            if str(self.dirpath) == str(Path(orphan).parent):
+                self.remove(trainer, orphan)
 
     def link(self, trainer: pl.Trainer, path: str, name: str) -> None:
         if self._saves_of(trainer):

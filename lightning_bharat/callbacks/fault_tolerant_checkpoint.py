@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_bharat import events
 from lightning_bharat.callbacks.background_checkpoint import BackgroundCheckpoint
 from lightning_bharat.callbacks.stop_request import StopRequest, in_words, requeue
+from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.errors import on_rank_zero
 from lightning_bharat.checkpoints.interval import best_interval, between_failures
 from lightning_bharat.checkpoints.lock import FolderLock
@@ -87,6 +88,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         self._copies: Tiers | None = None
         self._asked_folder = self.dirpath
         self._lock: FolderLock | None = None
+        self._found = ""
         self._is_training = False
         self._steps = 0
         self._next_save = 0.0
@@ -101,10 +103,16 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._lock = self._lock or FolderLock(Path(str(self.dirpath)))
-            on_rank_zero(self._lock.take)
+            on_rank_zero(self._alone)
             if self.tiers and trainer.is_global_zero and self._copies is None:
-                forget_holds(Path(str(self.dirpath)))
                 self._copies = Tiers(self.tiers, partial(self.event, trainer))
+
+    def _alone(self) -> None:
+        """Take the folder, and clean up after a process that had it before."""
+        assert self._lock is not None
+        if self._lock.take():
+            directory.forget_leavings(self._lock.folder)
+            forget_holds(self._lock.folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -215,7 +223,12 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         found = newest_of([*own, *tiers], rank_zero_warn, every_byte=trainer.is_global_zero)
         if found is not None and self._asked_folder is None and found.parent in own:
             self.dirpath = str(found.parent)
+        self._found = str(found or "")
         return {str(found)} if found else set()
+
+    def may_remove(self, path: str) -> bool:
+        """What was found is no more than a step of this run; what a person names stays."""
+        return path == self._found and Path(path).parent == Path(str(self.dirpath))
 
     def find_best(self, trainer: pl.Trainer) -> None:
         """The one that the newest whole checkpoint names, by its path or beside it."""

@@ -78,6 +78,13 @@ def stage(path: Path) -> Path:
     return staging
 
 
+def forget_leavings(folder: Path) -> None:
+    """Remove what processes that were killed while they saved or removed have left in ``folder``. Nobody else may write
+    there."""
+    for stale in folder.glob(".????????-????????.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 def make_folder(folder: Path) -> None:
     """Make ``folder``, and those above it, so that a machine that loses its power keeps them."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.is_dir()]

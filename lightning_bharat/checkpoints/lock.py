@@ -28,14 +28,14 @@ class FolderLock:
         self.folder = folder
         self._file: int | None = None
 
-    def take(self) -> None:
-        """Take the lock, or wait for a process that is about to end.
+    def take(self) -> bool:
+        """Take the lock, or wait for a process that is about to end; returns whether it was not held here before.
 
         Raises:
             CheckpointError: another run has it; names process and host.
         """
         if self._file is not None:
-            return
+            return False
         self.folder.mkdir(parents=True, exist_ok=True)
         file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         end = time.monotonic() + PATIENCE
@@ -52,6 +52,7 @@ class FolderLock:
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode(), 0)
         self._file = file
+        return True
 
     def release(self) -> None:
         """Let others write."""

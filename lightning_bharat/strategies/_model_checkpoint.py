@@ -51,11 +51,21 @@ class OpenModelCheckpoint(ModelCheckpoint):
     def find_best(self, trainer: pl.Trainer) -> None:
         """Set ``best_model_path`` where it is not known yet; called for ``ckpt_path="best"``."""
 
+    def may_remove(self, path: str) -> bool:
+        """Whether the checkpoint that the run went on from may be removed when it is replaced."""
+        return False
+
     # ---- for its children
 
     def remembered(self) -> dict[str, Any]:
         """What is known of the checkpoints that there are, for :meth:`remember`."""
         return {name: copy(getattr(self, name)) for name in _MEMORY}
+
+    @staticmethod
+    def paths(remembered: dict[str, Any]) -> set[str]:
+        """Of all checkpoints that :meth:`remembered` speaks of."""
+        found = {remembered["best_model_path"], remembered["kth_best_model_path"], remembered["last_model_path"]}
+        return (found | set(remembered["best_k_models"])) - {""}
 
     def remember(self, before: dict[str, Any]) -> None:
         """Let it be as if nothing had been saved since ``before``."""
@@ -125,6 +135,11 @@ class OpenModelCheckpoint(ModelCheckpoint):
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.remove(trainer, filepath)
+
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        if previous != current and self.may_remove(previous):
+            return True
+        return super()._should_remove_checkpoint(trainer, previous, current)
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
         return self.find_last(trainer)

@@ -99,7 +99,7 @@ INHERITED |= {"_pcontext", "_remaining_restarts", "_start", "_poll", "_close"}
 # What OpenModelCheckpoint calls by other names.
 INHERITED |= {"_save_topk_checkpoint", "_save_last_checkpoint", "_save_checkpoint", "_remove_checkpoint"}
 INHERITED |= {"_link_checkpoint", "_find_last_checkpoints", "_last_global_step_saved", "_last_checkpoint_saved"}
-INHERITED |= {"_every_n_epochs", "_every_n_train_steps", "_train_time_interval"}
+INHERITED |= {"_every_n_epochs", "_every_n_train_steps", "_train_time_interval", "_should_remove_checkpoint"}
 
 # Attributes that the five files give to objects of torch's.
 OURS = {"_agrees"}
