@@ -48,7 +48,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         args, kwargs: of ``ModelCheckpoint``.
         interval: ``"auto"`` saves as often as costs and failures make best (Young and Daly), by the seconds that a save
             stops training and the failures of this run so far; in the place of ``every_n_train_steps``,
-            ``every_n_epochs`` and ``train_time_interval``.
+            ``every_n_epochs`` and ``train_time_interval``. The end of training is saved, too.
         time_between_failures: what ``"auto"`` takes until it has seen a failure.
         stop_signals: names or numbers; when a rank gets one, all save after the same step and leave the trainer by
             :class:`Stopped`, which ends the process with exit code 0.
@@ -125,6 +125,8 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         self._plan_next(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.interval and not self.is_saved(trainer):
+            self.save_last_now(trainer)
         super().on_train_end(trainer, pl_module)
         self._wait_for_copies(trainer)
         self.event(trainer, "train_end", step=trainer.global_step)

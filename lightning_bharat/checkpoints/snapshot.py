@@ -117,7 +117,7 @@ class HostMemory:
     def _make_room(self, size: int, pinned: bool) -> None:
         if self._bytes.numel() < size or (pinned and not self._bytes.is_pinned()):
             self._bytes = torch.empty(0, dtype=torch.uint8)  # first free what there is
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()  # now, and not in a copy
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 
 def _room(entry: Entry) -> int:
