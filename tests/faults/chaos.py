@@ -142,7 +142,8 @@ def main(words: Sequence[str] | None = None) -> int:
     began, struck, failed = time.monotonic(), Counter[str](), 0
     for number, run in enumerate(plan(options.runs, options.seed)):
         with TemporaryDirectory() as name:
-            code = carry_out(run, Path(name))
+            if (code := carry_out(run, Path(name))) > 128:  # the launcher was asked to stop, and so is this
+                return code
             try:
                 check(run, Path(name))
                 assert code == 0, f"{run}: exit code {code}"
