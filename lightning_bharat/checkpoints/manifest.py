@@ -43,6 +43,10 @@ class Manifest:
         batches: of each training loader the sizes of its batches, where they are known.
         versions: of Python, torch and the libraries around.
         files: each file's size in bytes and digest: ``{"rank_00000.safetensors": {"bytes": 4096, "xxh3": "1f…"}}``.
+        id: of this checkpoint, and no other.
+        parent: id of the one that the run saved before, or went on from; "" if there is none.
+        samples: that all data ranks have trained on, where that is known.
+        loss: of the last batch on rank 0, where that is known.
         format, version: of the checkpoint's form.
     """
 
@@ -54,6 +58,10 @@ class Manifest:
     batches: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    id: str = ""
+    parent: str = ""
+    samples: int | None = None
+    loss: float | None = None
     format: str = FORMAT
     version: int = VERSION
 
@@ -156,6 +164,7 @@ class Manifest:
 _KINDS: dict[str, tuple[type, ...]] = {
     **{"step": (int,), "epoch": (int,), "layout": (dict,), "batches": (list,), "versions": (dict,), "files": (dict,)},
     **{"plan": (dict, type(None)), "hugging_face": (dict, type(None))},
+    **{"id": (str,), "parent": (str,), "samples": (int, type(None)), "loss": (float, int, type(None))},
 }
 
 

@@ -502,6 +502,12 @@ def accumulates(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def trained_batches(trainer: pl.Trainer) -> int:
+    """How many batches this rank has trained on, in all epochs."""
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return total.processed
+
+
 def in_window(trainer: pl.Trainer) -> bool:
     """Whether batches were trained on whose gradients no step of the optimizer has used yet."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress

@@ -12,8 +12,9 @@ opened by ``load_checkpoint`` (tensors stay on disk), passes the hooks, and is r
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,7 @@ class ShardedCheckpoints(_Base):
         path = directory.local_path(self.broadcast(filepath))
         module = self._module()
         manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module, self.batches())
+        manifest = replace(manifest, **self.facts(path))
         checkpoint = with_positions(self.to_go_on(checkpoint), self.layout)
         if self.save_distributed_checkpoint:
             state = weights.LikeWeights(checkpoint["state_dict"])  # a hook may have made a plain dict of it
@@ -125,6 +127,10 @@ class ShardedCheckpoints(_Base):
         """``checkpoint`` with what Lightning does not save. All ranks must call it."""
         again = _lightning.in_validation(self._module().trainer)
         return self.random_states.with_states(checkpoint, self.layout, self.root_device, again)
+
+    def facts(self, path: Path) -> dict[str, Any]:
+        """What else stands in the manifest of the checkpoint ``path``, by its names."""
+        return {"id": uuid.uuid4().hex}
 
     def plan_to_save(self) -> ModelPlan | None:
         """With what was learnt about the model since. All ranks must call it."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,7 +20,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bharat.checkpoints.directory import local_path
 from lightning_bharat.checkpoints.errors import together
+from lightning_bharat.checkpoints.manifest import Manifest
+from lightning_bharat.checkpoints.stored import is_checkpoint
 from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import by_cost, stages_of
@@ -31,6 +35,7 @@ from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
 from lightning_bharat.strategies.choose import Predicted
 from lightning_bharat.strategies.connection import ConnectedStrategy
 from lightning_bharat.strategies.ends_together import EndsTogether
+from lightning_bharat.strategies.first_loss import FirstLoss
 from lightning_bharat.strategies.global_batch import KeepsBatch
 from lightning_bharat.strategies.goes_on import GoesOn
 from lightning_bharat.strategies.loaders import TogetherLoaders
@@ -149,7 +154,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         self.slices: dict[str, TensorSlice] = {}
         self._has_stepped = False
         self._tokens: TokenWeights | None = None
-        self._unfinished = Unfinished()
+        self._unfinished, self._first_loss = Unfinished(), FirstLoss()
         self._accumulated: dict[str, Any] | None = None  # gradients that the run goes on with
 
     # ---- setting up
@@ -244,6 +249,28 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         found = accumulated.of_window(module, self.slices, self.layout, self.global_rank)
         return {**checkpoint, accumulated.GRADIENTS: found}
 
+    def facts(self, path: Path) -> dict[str, Any]:
+        found, first = super().facts(path), self._first_loss
+        found |= {"parent": first.newest, "samples": self._samples()}
+        found["loss"] = None if first.last is None else float(first.last)
+        if self._left is None:
+            first.save(found["id"], path)
+        return found
+
+    def _samples(self) -> int | None:
+        """That all data ranks have trained on, since the first step and with the batches of now."""
+        sizes = [batches["size"] for batches in self.batches()]
+        if len(sizes) != 1 or sizes[0] is None:
+            return None
+        return _lightning.trained_batches(self._module().trainer) * sizes[0] * self.layout.data
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        path = local_path(checkpoint_path)
+        if self.is_global_zero and is_checkpoint(path):
+            self._first_loss.read(path, Manifest.read(path), self.layout)
+        return checkpoint
+
     def _without_gradients(self) -> str:
         """Why those of a window that has begun are not in checkpoints; "" if they are."""
         if self.layout.pipeline > 1:
@@ -305,7 +332,11 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         here = self.layout.coordinates(self.global_rank)["data"]
         with apart(here, self.root_device) if self.layout.data > 1 else nullcontext():
-            return self._training_step(args, kwargs)
+            out = self._training_step(args, kwargs)
+        if self.is_global_zero:
+            trainer = self._module().trainer
+            self._first_loss.step(out, trainer.global_step, Path(trainer.default_root_dir))
+        return out
 
     def _training_step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._pipeline:

@@ -195,8 +195,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def found(ranks: int, folder: Path) -> list[dict[Any, Any]]:
-    jobs = [case[1:] for case in CASES if case[0] == ranks]
+def found(ranks: int, precision: str, folder: Path) -> list[dict[Any, Any]]:
+    jobs = [case[1:] for case in CASES if case[0] == ranks and case[2] == precision]
     return run_ranks(fits, ranks, str(folder), jobs, timeout=110)
 
 
@@ -207,7 +207,7 @@ CASES += [(1, loader, "32-true") for loader in ("plain", "litdata")]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("ranks", "loader", "precision"), CASES)
 def test_the_run_that_was_not_stopped(ranks: int, loader: str, precision: str, place: str, folder: Path) -> None:
-    for of_rank in found(ranks, folder):
+    for of_rank in found(ranks, precision, folder):
         whole, resumed = of_rank[loader, precision, None], of_rank[loader, precision, place]
         assert resumed["step"] == whole["step"] == EPOCHS * BATCHES // WINDOW
         assert resumed["weights"] == whole["weights"]
