@@ -41,6 +41,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.context
 	$(BIN)/python -m benchmarks.bubble
 	$(BIN)/python -m benchmarks.schedules
+	$(BIN)/python -m benchmarks.health
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.balance
 	$(BIN)/python -m benchmarks.recovery

@@ -178,10 +178,6 @@ class HealthMonitor(pl.Callback):
             self._passed("a forward pass")
             self._run.loss_is(loss)
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._run.is_again:
-            self._passed("a backward pass")
-
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._threads is None or self._run.is_again:
             return

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import isnan
+from math import exp, inf, isnan, log
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_bharat.callbacks.health_faults import corrupted, why_not_finite
 from lightning_bharat.callbacks.health_pieces import holder
 from lightning_bharat.callbacks.health_replay import Kept, Replay
 from lightning_bharat.callbacks.health_threads import here, rank_name
 from lightning_bharat.health import random_state
-from lightning_bharat.health.batch import BatchCheck, described
+from lightning_bharat.health.batch import BatchCheck
 from lightning_bharat.health.drift import DriftDetector
-from lightning_bharat.health.exchange import Step, exchange, flat, gathered
+from lightning_bharat.health.exchange import Exchange, Step, flat, gathered
 from lightning_bharat.health.finding import Finding
 from lightning_bharat.health.gradients import NormShare
 from lightning_bharat.health.policy import Policy
@@ -49,10 +49,14 @@ class Run:
         module = trainer.lightning_module
         self.trainer, self._policy, self._recompute_every = trainer, policy, recompute_every
         self._device, self._name = trainer.strategy.root_device, rank_name(trainer)
+        self._exchange = Exchange(self._device)
         self._check = BatchCheck(vocab_size, policy["data"] == "skip")
         self._drift = DriftDetector()
         self._shares: dict[int, NormShare] = {}
         self._spikes: dict[tuple[int, str], SpikeDetector] = {}
+        self._plugin: Any = trainer.precision_plugin
+        is_norm = trainer.gradient_clip_algorithm in (None, "norm")
+        self._clips = hasattr(self._plugin, "norm_of") and bool(trainer.gradient_clip_val) and is_norm
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._by_hand = not module.automatic_optimization
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
@@ -67,8 +71,9 @@ class Run:
     def batch_starts(self, batch: Any, index: int) -> Iterator[Finding]:
         """Look at a batch, and keep it for as long as its step may be computed again."""
         self.batches += 1
+        leaves = _leaves(batch)
         if self._policy.wants("data"):
-            is_bad, what = self._check.look(batch)
+            is_bad, what = self._check.look(batch, leaves)
             if is_bad is not False:
                 self._bad.append((is_bad, what, index))
         arguments = (batch, index) if self._takes_index else (batch,)
@@ -78,7 +83,7 @@ class Run:
         if self._by_hand and len(self.window) > 1:  # nobody knows when such a step is made
             self.window, self._losses = self.window[-1:], []
         if self._policy.wants("drift"):
-            for words in self._drift.look(batch):
+            for words in self._drift.look(batch, leaves):
                 yield Finding("drift", f"{here(self.trainer)}: {words}", self.trainer.global_rank)
 
     def loss_is(self, loss: Tensor) -> None:
@@ -88,8 +93,7 @@ class Run:
     def step_of(self, optimizer: Any) -> list[Finding]:
         """What all ranks have found before ``optimizer`` makes a step; the same on all."""
         with as_held():
-            with torch.no_grad():
-                place, step = self._exchanged(optimizer)
+            place, step = self._exchanged(optimizer)
             findings = list(self._found(optimizer, place, step))
         self.last, self.window, self._losses, self._bad = step, [], [], []
         self.steps += 1
@@ -97,18 +101,26 @@ class Run:
 
     def _exchanged(self, optimizer: Any) -> tuple[int, Step]:
         place = [o is optimizer for o in self.trainer.optimizers].index(True)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        share = self._shares.get(place)
-        if share is None or len(share.parameters) != len(parameters):
-            share = self._shares[place] = NormShare(parameters, holder(self.trainer))
-        squared = share.squared(self._device)
-        loss: Any = sum(self._losses) if self._losses else squared.new_zeros(())
+        squared = self._squared(place, optimizer)
+        loss: Any = sum(self._losses[1:], start=self._losses[0]) if self._losses else 0.0
         if self._scaler is not None:
             loss = loss / self._scaler.get_scale()
         bad: Any = False
         for is_bad, _, _ in self._bad:
             bad = is_bad if bad is False else bad | is_bad
-        return place, exchange(loss, squared, len(self.inbox), bad)
+        return place, self._exchange.step(loss, squared, len(self.inbox), bad)
+
+    def _squared(self, place: int, optimizer: Any) -> Tensor | float:
+        """This rank's share of the squared norm."""
+        if self._clips:
+            total: Any = self._plugin.norm_of(optimizer)  # which clipping needs, too
+            total = float(total) if self._device.type == "cpu" else total.double()
+            return total * total / self.trainer.world_size
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        share = self._shares.get(place)
+        if share is None or len(share.parameters) != len(parameters):
+            share = self._shares[place] = NormShare(parameters, holder(self.trainer))
+        return share.squared(self._device)
 
     def _found(self, optimizer: Any, place: int, step: Step) -> Iterator[Finding]:
         if step.reports:
@@ -132,7 +144,7 @@ class Run:
     def _bad_batches(self) -> Iterator[Finding]:
         for is_bad, what, index in self._bad:
             if bool(is_bad):
-                words = f"{here(self.trainer)}: batch {index}: {described(what)}"
+                words = f"{here(self.trainer)}: batch {index}: {what()}"
                 yield Finding("data", words, self.trainer.global_rank, facts={"batch": index})
 
     def _not_finite(self, optimizer: Any) -> Finding:
@@ -141,10 +153,12 @@ class Run:
             return why_not_finite(self.trainer, self.window, replay, self._name)
 
     def _spiked(self, place: int, step: Step) -> Iterator[Finding]:
-        for what, value in (("loss", step.loss), ("gradient norm", step.norm)):
+        # A norm's noise multiplies it, so its logarithm is looked at; that of a loss is added to it.
+        for what, value, seen in (("loss", step.loss, step.loss), ("gradient norm", step.norm, _log(step.norm))):
             detector = self._spikes.setdefault((place, what), SpikeDetector())
-            if (far := detector.look(value)) is not None:
-                words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {detector.usual():.4g}"
+            if (far := detector.look(seen)) is not None:
+                usual = detector.usual() if what == "loss" else exp(detector.usual())
+                words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {usual:.4g}"
                 yield Finding("spike", f"step {self.trainer.global_step}: {words}", facts={"value": value})
 
     @contextmanager
@@ -154,3 +168,14 @@ class Run:
             yield
         finally:
             self.is_again = False
+
+
+def _log(norm: float) -> float:
+    return log(norm) if norm > 0 else -inf
+
+
+def _leaves(batch: Any) -> list[Any]:
+    """Quickly where a batch is a dict of tensors, as most are."""
+    if type(batch) is dict and all(type(value) is Tensor for value in batch.values()):
+        return list(batch.values())
+    return tree_leaves(batch)

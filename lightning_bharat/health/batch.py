@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from lightning_bharat.health.finding import Finding
 
+_UNSIGNED = {4: np.uint32, 8: np.uint64}
 IGNORED = -100  # labels that count for no loss
 
 
@@ -26,24 +30,38 @@ class BatchCheck:
     def __init__(self, vocab_size: int | None, mend: bool) -> None:
         self.vocab_size, self._mend = vocab_size, mend
 
-    @torch.no_grad()
-    def look(self, batch: Any) -> tuple[bool | Tensor, dict[str, Tensor | bool]]:
-        """Whether it is bad, and what is, by the place in the batch. On devices both are still to be computed."""
-        bad: dict[str, Tensor | bool] = {}
-        leaves = [(_name(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
-        tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
-        if not tensors:
-            if not leaves:
-                bad["the batch: nothing in it"] = True
-            return bool(bad), bad
-        for name, tensor in tensors:
-            if not tensor.numel():
-                bad[f"{name}: no elements"] = True
-            elif tensor.is_floating_point():
-                bad[f"{name}: not finite"] = self._of_numbers(tensor)
-            elif self.vocab_size is not None and tensor.ndim > 1 and tensor.dtype in (torch.int64, torch.int32):
-                bad[f"{name}: outside of 0 to {self.vocab_size - 1}"] = self._of_tokens(tensor)
-        return _any(list(bad.values())), bad
+    def look(self, batch: Any, leaves: Sequence[Any] | None = None) -> tuple[bool | Tensor, Callable[[], str]]:
+        """Whether it is bad, and what is, in words. On devices the first is still to be computed.
+
+        Args:
+            leaves: of ``batch``, where they are known.
+        """
+        leaves = tree_leaves(batch) if leaves is None else leaves
+        flags: list[Tensor | bool] = (
+            [self._of(leaf) if isinstance(leaf, Tensor) else False for leaf in leaves] if leaves else [True]
+        )
+        return _any(flags), partial(self._described, batch, flags)
+
+    def _of(self, tensor: Tensor) -> Tensor | bool:
+        if not tensor.numel():
+            return True
+        if tensor.is_floating_point():
+            return self._of_numbers(tensor.detach())
+        return self._is_of_tokens(tensor) and self._of_tokens(tensor)
+
+    def _is_of_tokens(self, tensor: Tensor) -> bool:
+        return self.vocab_size is not None and tensor.ndim > 1 and tensor.dtype in (torch.int64, torch.int32)
+
+    def _described(self, batch: Any, flags: list[Tensor | bool]) -> str:
+        named = [(_name(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
+        if not named:
+            return "the batch: nothing in it"
+        return "; ".join(f"{name}: {self._why(leaf)}" for (name, leaf), bad in zip(named, flags, strict=True) if bad)
+
+    def _why(self, tensor: Tensor) -> str:
+        if not tensor.numel():
+            return "no elements"
+        return "not finite" if tensor.is_floating_point() else f"outside of 0 to {(self.vocab_size or 0) - 1}"
 
     def _of_numbers(self, tensor: Tensor) -> Tensor | bool:
         bad = ~torch.isfinite(tensor.sum(dtype=torch.float32))  # a sum of finite ones that overflows is no good either
@@ -58,19 +76,14 @@ class BatchCheck:
             if self._mend:
                 tensor.masked_fill_(bad, 0)
             return bad.any()
-        low, high = (int(end) for end in torch.aminmax(tensor))
-        if low >= 0 and high < self.vocab_size:
+        array = tensor.numpy()
+        if array.view(_UNSIGNED[array.dtype.itemsize]).max() < self.vocab_size:  # what is negative is large, too
             return False
         wrong = ((tensor < 0) | (tensor >= self.vocab_size)) & (tensor != IGNORED)
         found = bool(wrong.any())
         if self._mend and found:
             tensor.masked_fill_(wrong, 0)
         return found
-
-
-def described(bad: dict[str, Tensor | bool]) -> str:
-    """What is bad, in words; waits for the device."""
-    return "; ".join(words for words, is_bad in bad.items() if bool(is_bad))
 
 
 def of_loader(error: BaseException, batch_index: int) -> Finding | None:

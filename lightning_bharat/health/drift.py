@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,43 +12,50 @@ from torch.utils._pytree import tree_leaves
 from lightning_bharat.health.batch import IGNORED
 from lightning_bharat.health.robust import center_and_spread
 
-BLOCK = 20  # batches that are looked at together
+EVERY = 4  # batches of which one is looked at
+BLOCK = 10  # looks that are taken together
 REFERENCE = 10  # blocks that say what is usual
 BUCKETS = 64
-MOST_TOKENS = 4096  # of a batch, evenly spread
+MOST = 1024  # elements of a batch that are looked at, evenly spread
 FAR = 8.0  # spreads
 ROWS = 2  # blocks in a row
 
 
 class DriftDetector:
-    """Compares blocks of 20 batches with the first ten blocks: which tokens they have (in 64 buckets) and what share of
+    """Compares blocks of 40 batches with the first ten blocks: which tokens they have (in 64 buckets) and what share of
     the labels counts; or, in batches without tokens, the mean and the mean square of the numbers.
 
     A block's distance from the reference is that of Jensen and Shannon (Lin, 1991). How far a block usually is, the
     reference itself shows, whose blocks are compared with the rest of it; so documents that fill whole batches do not
     look like drift. It is drift where two blocks in a row are eight robust spreads away.
 
-    Found within 40 batches. The sums are made where the batch is; a device is waited for once a block.
+    Found within 120 batches. One batch in four is looked at. A device is waited for once a block.
     """
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
         self._batches = 0
+        self._some: list[tuple[Tensor, Tensor]] = []
         self._blocks: list[Tensor] = []
         self._usual: list[tuple[float, float]] = []
         self._in_a_row: dict[str, int] = {}
 
     @torch.no_grad()
-    def look(self, batch: Any) -> list[str]:
-        """Take in a batch; returns what has drifted, in words, once until it is as before again."""
-        sums = _sums(batch)
-        if sums is None or (self._sums is not None and sums.shape != self._sums.shape):
-            return []
-        self._sums = sums if self._sums is None else self._sums + sums
+    def look(self, batch: Any, leaves: Sequence[Any] | None = None) -> list[str]:
+        """Take in a batch; returns what has drifted, in words, once until it is as before again.
+
+        Args:
+            leaves: of ``batch``, where they are known.
+        """
         self._batches += 1
-        if self._batches % BLOCK:
+        if self._batches % EVERY:
             return []
-        block, self._sums = self._sums.double().cpu(), None
+        some = _part(tree_leaves(batch) if leaves is None else leaves)
+        if some is None or (self._some and some[0].dtype != self._some[0][0].dtype):
+            return []
+        self._some.append(some)
+        if len(self._some) < BLOCK:
+            return []
+        block, self._some = _sums(self._some).double().cpu(), []
         if len(self._blocks) < REFERENCE:
             self._blocks.append(block)
             return []
@@ -68,33 +76,36 @@ class DriftDetector:
             away = (far - middle) / max(spread, 0.1 * abs(middle), 1e-6)
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if away > FAR else 0
             if self._in_a_row[name] == ROWS:
-                first = BLOCK * REFERENCE
-                found.append(f"the {name} of the last {ROWS * BLOCK} batches are unlike those of the first {first}")
+                last, first = ROWS * BLOCK * EVERY, REFERENCE * BLOCK * EVERY
+                found.append(f"the {name} of the last {last} batches are unlike those of the first {first}")
         return found
 
 
-def _sums(batch: Any) -> Tensor | None:
-    """Of tokens: their counts in buckets, those of labels that count and of all. Of numbers: count, sum, squares."""
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.numel()]
-    tokens = [leaf for leaf in leaves if leaf.dtype in (torch.int64, torch.int32) and leaf.ndim > 1]
+def _part(leaves: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Some tokens and labels of a batch, or some numbers twice; copies, since a batch may be changed."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()]
+    tokens = [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32) and tensor.ndim > 1]
     if tokens:
-        some, labels = _some(tokens[0]), _some(tokens[-1])
-        counts = torch.zeros(BUCKETS + 2, dtype=torch.float32, device=some.device)
-        ones = torch.ones(len(some), device=some.device)
-        counts.scatter_add_(0, some.remainder(BUCKETS).long(), ones)
-        counts[BUCKETS] = (labels != IGNORED).sum()
-        counts[BUCKETS + 1] = len(labels)
-        return counts
-    numbers = [leaf for leaf in leaves if leaf.is_floating_point()]
-    if not numbers:
-        return None
-    some = _some(numbers[0]).float()
-    return torch.stack([some.new_tensor(len(some)), some.sum(), some.square().sum()])
+        some = _some(tokens[0])
+        return some, some if len(tokens) == 1 else _some(tokens[-1])
+    numbers = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return (_some(numbers[0]),) * 2 if numbers else None
 
 
 def _some(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // MOST_TOKENS)]
+    return flat[:: max(1, len(flat) // MOST)].clone()
+
+
+def _sums(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of tokens: their counts in buckets, those of labels that count and of all. Of numbers: count, sum, squares."""
+    some, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+    if some.is_floating_point():
+        return torch.stack([some.new_tensor(len(some)).float(), some.float().sum(), some.float().square().sum()])
+    counts = torch.zeros(BUCKETS + 2, device=some.device)
+    counts.scatter_add_(0, some.remainder(BUCKETS).long(), torch.ones(len(some), device=some.device))
+    counts[BUCKETS], counts[BUCKETS + 1] = (labels != IGNORED).sum(), len(labels)
+    return counts
 
 
 def _distances(block: Tensor, rest: Tensor) -> list[float]:

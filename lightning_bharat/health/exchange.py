@@ -34,27 +34,35 @@ class Step:
         return isfinite(self.loss) and isfinite(self.norm)
 
 
-def exchange(loss: Tensor, squared: Tensor, reports: int, bad_batch: Tensor | bool) -> Step:
-    """Sum over all ranks. All of them must call it; one transfer from the device.
+class Exchange:
+    """The sum over all ranks.
 
     Args:
-        loss: this rank's.
-        squared: its share of the gradients' squared norm; on the device of collectives.
-        reports: what it has to tell.
-        bad_batch: whether its batch is one, which may not be known on the host yet.
+        device: of collectives.
     """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    device = squared.device
-    mine = torch.zeros(4, dtype=torch.float64, device=device)
-    mine[0], mine[1] = loss, squared
-    if reports:
-        mine[2] = reports
-    if bad_batch is not False:
-        mine[3] = bad_batch
-    if ranks > 1:
-        dist.all_reduce(mine)
-    total, square, told, bad = mine.tolist()
-    return Step(total / ranks, sqrt(square) if square >= 0 else square, _count(told), _count(bad))
+
+    def __init__(self, device: torch.device) -> None:
+        self._mine = torch.zeros(4, dtype=torch.float64, device=device)
+        # Numbers go in and out by NumPy's view of it on the CPU, without operators.
+        self._view = self._mine.numpy() if device.type == "cpu" else None
+        self._ranks = dist.get_world_size() if dist.is_initialized() else 1
+
+    def step(self, loss: Tensor | float, squared: Tensor | float, reports: int, bad_batch: Tensor | bool) -> Step:
+        """All ranks must call it; one transfer from the device.
+
+        Args:
+            loss: this rank's.
+            squared: its share of the gradients' squared norm.
+            reports: what it has to tell.
+            bad_batch: whether its batch is one, which may not be known on the host yet.
+        """
+        mine: Any = self._mine if self._view is None else self._view
+        mine[0], mine[1], mine[2], mine[3] = loss, squared, reports, bad_batch
+        if self._ranks > 1:
+            dist.all_reduce(self._mine)
+        total, square, told, bad = mine.tolist()
+        norm = sqrt(square) if square >= 0 else square
+        return Step(total / self._ranks, norm, _count(told), _count(bad))
 
 
 def gathered(mine: Any) -> list[Any]:

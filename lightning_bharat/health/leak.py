@@ -11,20 +11,20 @@ import torch
 from lightning_bharat.health.robust import slope
 
 SAMPLES = 10  # of which the least counts: what a step holds for a while is no leak
-WINDOWS = 6
+WINDOWS = 8
 LEAST_GROWTH = 0.01  # of what is held, over all windows
 LEAST_BYTES = 16 * 2**20
 
 
 class LeakDetector:
-    """Looks at the least use of each of the last six windows of ten samples: a leak lifts each of them, by about the
+    """Looks at the least use of each of the last eight windows of ten samples: a leak lifts each of them, by about the
     same, while caches fill up slower and slower and loads go up and down.
 
     The slope is Theil and Sen's (:func:`~lightning_bharat.health.robust.slope`). It is a leak where every window is
-    above the one before by a third of the median growth at least, the last two have grown by 0.8 of the first two, and
-    all of them together by 1 % and 16 MiB. (A cache that takes many minutes to fill up looks the same at first.)
+    above the one before by a third of the median growth at least, the last three have grown by 0.8 of the first three,
+    and all of them together by 1 % and 16 MiB. (A cache that takes many minutes to fill up looks the same at first.)
 
-    Found within 70 samples from where it begins, and said again only when the use has grown by half.
+    Found within 90 samples from where it begins, and said again only when the use has grown by half.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class LeakDetector:
         grown = each * (WINDOWS - 1)
         if grown < max(LEAST_GROWTH * self._lows[0], LEAST_BYTES):
             return None
-        if min(steps) <= max(median(steps) / 3, 0) or sum(steps[-2:]) < 0.8 * sum(steps[:2]):
+        if min(steps) <= max(median(steps) / 3, 0) or sum(steps[-3:]) < 0.8 * sum(steps[:3]):
             return None
         self._said = self._lows[-1]
         return each / SAMPLES

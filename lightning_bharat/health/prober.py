@@ -26,7 +26,7 @@ from lightning_bharat.health.links import LinkDetector, Responder, Tried, tried_
 from lightning_bharat.health.progress import Progress
 from lightning_bharat.health.straggler import StragglerDetector, WorkSampler
 
-TICK = 0.1  # seconds from one look at the main thread to the next
+TICK = 0.25  # seconds from one look at the main thread to the next
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Intervals:
     """Seconds from one look to the next.
 
     Attributes:
-        memory: a sample of what this process holds; a leak needs 70.
+        memory: a sample of what this process holds; a leak needs 90.
         disk: also of devices and of the host's memory.
         work: a window in which ranks' work is compared.
         link: a pair; all pairs take as many turns as there are ranks.
@@ -134,7 +134,8 @@ class Prober:
             self._responder.close()
 
     def _run(self) -> None:
-        while not self._stopped.wait(TICK):
+        tick = min([TICK, *(due.every / 4 for due in self._dues)])
+        while not self._stopped.wait(tick):
             self._sampler.look()
             now = time.monotonic()
             for due in self._dues:

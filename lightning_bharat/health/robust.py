@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from statistics import median
 
@@ -12,8 +12,15 @@ MAD_TO_SIGMA = 1.4826  # of a normal distribution
 def center_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """The median, and the median distance from it in units of a normal distribution's standard deviation (Hampel,
     1974). Half of the values may be anything."""
-    middle = median(values)
-    return middle, MAD_TO_SIGMA * median(abs(value - middle) for value in values)
+    middle = _middle(values)
+    return middle, MAD_TO_SIGMA * _middle([abs(value - middle) for value in values])
+
+
+def _middle(values: Iterable[float]) -> float:
+    """Faster than ``statistics.median``."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def slope(values: Sequence[float]) -> float:

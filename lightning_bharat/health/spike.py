@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from math import exp, isfinite, log
+from math import exp, isfinite, log, sqrt
 
 from lightning_bharat.health.robust import center_and_spread
 
 WINDOW = 64  # values that say what is usual
 LEAST = 32  # values before the first look
 FLOOR = 8.0  # spreads above the median that are no spike, whatever the tail
+MOST = 32.0  # spreads above the median that are a spike, whatever the tail
 TAIL = 3.0  # spreads above the median, from where on values say how heavy the tail is
 EPISODE = 16  # values in a row that may be spikes; then it is the new level
 
@@ -20,7 +21,7 @@ class SpikeDetector:
     Distances are measured in robust spreads (1.4826 × the median absolute deviation), so a trend that falls, noise that
     shrinks, and past spikes do not matter. How far is too far follows from the tail that was seen: a generalized Pareto
     distribution is fitted to the distances above three spreads, by moments, and its quantile for ``risk`` is the limit,
-    eight spreads at least (peaks over threshold: Siffer et al., Anomaly Detection in Streams with Extreme Value Theory,
+    of 8 to 32 spreads (peaks over threshold: Siffer et al., Anomaly Detection in Streams with Extreme Value Theory,
     KDD 2017).
 
     Args:
@@ -33,13 +34,14 @@ class SpikeDetector:
         self._excesses: deque[float] = deque(maxlen=512)
         self._seen = 0
         self._in_a_row = 0
+        self._limit = 2 * FLOOR  # with few excesses: a tail as heavy as is usual in losses
 
     def look(self, value: float) -> float | None:
         """Take in a value (finite ones count); returns how many spreads it is above the usual if that is a spike."""
         if not isfinite(value):
             return None
         far = self._distance(value)
-        spike = far > self.limit() and self._in_a_row < EPISODE
+        spike = far > self._limit and self._in_a_row < EPISODE
         if spike:
             self._in_a_row += 1
             return far
@@ -47,6 +49,7 @@ class SpikeDetector:
             self._usual.clear()
         elif far > TAIL:
             self._excesses.append(far - TAIL)
+            self._limit = self.limit()
         self._in_a_row = 0
         self._usual.append(value)
         self._seen += 1
@@ -58,18 +61,17 @@ class SpikeDetector:
 
     def limit(self) -> float:
         """Spreads above the median from where on a value is a spike."""
-        if len(self._excesses) < 10:  # too few for a fit: a tail as heavy as is usual in losses
+        if len(self._excesses) < 20:  # too few for a fit: a tail as heavy as is usual in losses
             return 2 * FLOOR
         count = len(self._excesses)
         mean = sum(self._excesses) / count
         variance = sum((excess - mean) ** 2 for excess in self._excesses) / (count - 1)
         # By moments: shape ξ and scale σ of the generalized Pareto distribution.
         squared = mean * mean / variance if variance > 0 else 1.0
-        shape, scale = min(max(0.5 * (1 - squared), 0.0), 0.45), 0.5 * mean * (squared + 1)
+        shape, scale = 0.5 * (1 - squared), 0.5 * mean * (squared + 1)
+        shape = min(max(shape, 0.0) + 1 / sqrt(count), 0.6)  # its error's upper side: few values say little of a tail
         rarer = self.risk * self._seen / count
-        if shape < 1e-3:
-            return max(FLOOR, TAIL - scale * log(rarer))
-        return max(FLOOR, TAIL + scale / shape * (exp(-shape * log(rarer)) - 1))
+        return min(max(FLOOR, TAIL + scale / shape * (exp(-shape * log(rarer)) - 1)), MOST)
 
     def _distance(self, value: float) -> float:
         if len(self._usual) < LEAST:

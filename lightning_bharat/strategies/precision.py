@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
-from lightning_bharat.strategies._torch import agree_after
+from lightning_bharat.strategies._torch import agree_after, version
 
 P = TypeVar("P", bound=Precision)
 _OF_OTHERS = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision, XLAPrecision)
@@ -55,6 +55,7 @@ class AcrossRanks(Precision):
     norm_device: torch.device
     backward_ended: Callable[[], None]
     in_hooks: Callable[[], AbstractContextManager]
+    _known_norm: tuple[Tensor | None, list[tuple[Tensor, int]]] = (None, [])
 
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         self.backward_ended()
@@ -66,13 +67,29 @@ class AcrossRanks(Precision):
             super()._after_closure(*args, **kwargs)
 
     @torch.no_grad()
+    def norm_of(self, optimizer: Optimizer) -> Tensor:
+        """The norm of the gradients of ``optimizer`` over all ranks, which all call it. Clipping takes it, too, unless
+        a gradient is another one by then."""
+        parameters = self._with_gradients(optimizer)
+        as_they_are = [(p.grad, version(p.grad)) for p in parameters if p.grad is not None]
+        known, seen = self._known_norm
+        if known is None or not _are_same(seen, as_they_are):
+            known = total_norm(parameters, self.groups_of, 2.0, self.norm_device, self.stages())
+        self._known_norm = known, as_they_are
+        return known
+
+    @torch.no_grad()
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Scale the gradients of ``optimizer`` so that their norm over all ranks is at most ``clip_val``."""
-        parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
-        total = total_norm(parameters, self.groups_of, 2.0, self.norm_device, self.stages())
+        parameters = self._with_gradients(optimizer)
+        total = self.norm_of(optimizer)
+        self._known_norm = None, []  # it holds gradients
         scale = (clip_val / (total + 1e-6)).clamp(max=1.0)
         for grads in _by_kind(parameters):
             torch._foreach_mul_(grads, scale.to(grads[0]))
+
+    def _with_gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        return [p for p in self.main_params(optimizer) if p.grad is not None]
 
     @torch.no_grad()
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -80,6 +97,10 @@ class AcrossRanks(Precision):
         for grads in _by_kind(self.main_params(optimizer)):
             torch._foreach_clamp_min_(grads, -clip_val)
             torch._foreach_clamp_max_(grads, clip_val)
+
+
+def _are_same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
+    return len(one) == len(other) and all(a is c and b == d for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def refuse_precision(plugin: Precision) -> None:

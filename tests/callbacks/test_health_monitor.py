@@ -276,6 +276,36 @@ def test_a_replica_that_differs() -> None:
     assert (found("replica")["fault"], found("replica")["kind"]) == ("corruption", "failure")
 
 
+def _by_lightning(strategy: str) -> list[Any]:
+    """Without a strategy of this package."""
+    weights, ranks = Weights(), int(os.environ["WORLD_SIZE"])
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=ranks,
+        precision="64-true",
+        max_steps=6,
+        gradient_clip_val=0.5,
+        callbacks=[weights, HealthMonitor(recompute_every_n_steps=2)],
+        default_root_dir=Path("run"),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rank = int(os.environ["RANK"])
+    trainer.fit(Bursting(2, ranks - 1), Rows("nano", 4, 8, ranks, rank, False))
+    return [weights.seen, events.read(Path("run"))]
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("auto", 1)])
+def test_under_lightning_s_strategies(strategy: str, ranks: int) -> None:
+    for weights, written in run_ranks(_by_lightning, ranks, strategy):
+        assert weights[3] == weights[2] and len(set(weights)) == 5
+        (event,) = written
+        assert event["rank"] == ranks - 1 and event["message"].endswith(f"{UP}: finite input, output that is not")
+
+
 class Standing(L.Callback):
     """One rank stands still: it sleeps, or is stopped."""
 
@@ -318,7 +348,7 @@ class Slow(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_rank == 1:
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step % 20 == 0 and events.read(Path("run")):
@@ -326,7 +356,7 @@ class Slow(L.Callback):
 
 
 class Soon(HealthMonitor):
-    intervals = Intervals(work=0.5)
+    intervals = Intervals(work=1.0)
 
 
 def _slow() -> list[dict[str, Any]]:

@@ -8,13 +8,16 @@ from math import exp
 import pytest
 import torch
 
-from lightning_bharat.health.drift import BLOCK, REFERENCE, DriftDetector
+from lightning_bharat.health.drift import BLOCK, EVERY, REFERENCE, DriftDetector
 from lightning_bharat.health.leak import SAMPLES, WINDOWS, LeakDetector
 from lightning_bharat.health.spike import SpikeDetector
 from lightning_bharat.health.straggler import WINDOWS as ROUNDS
 from lightning_bharat.health.straggler import StragglerDetector
 
 MIB = 2**20
+
+
+BATCHES = BLOCK * EVERY
 
 
 def losses(seed: int, steps: int, tail: float) -> list[float]:
@@ -82,8 +85,8 @@ def _tokens(generator: torch.Generator, shift: int = 0, ignored: float = 0.1) ->
 @pytest.mark.parametrize("change", ["nothing", "tokens", "share of labels"])
 def test_drift(change: str) -> None:
     generator, detector, found = torch.Generator().manual_seed(4), DriftDetector(), []
-    for i in range(BLOCK * (REFERENCE + 30)):
-        after = i >= BLOCK * (REFERENCE + 10)
+    for i in range(BATCHES * (REFERENCE + 30)):
+        after = i >= BATCHES * (REFERENCE + 10)
         shift = 6 if after and change == "tokens" else 0
         ignored = 0.4 if after and change == "share of labels" else 0.1
         found += [(i, words) for words in detector.look(_tokens(generator, shift, ignored))]
@@ -91,12 +94,12 @@ def test_drift(change: str) -> None:
         assert not found
     else:
         ((at, words),) = found
-        assert at < BLOCK * (REFERENCE + 10) + 2 * BLOCK and f"the {change}" in words
+        assert at < BATCHES * (REFERENCE + 10) + 2 * BATCHES and f"the {change}" in words
 
 
 def test_drift_of_numbers() -> None:
     generator, detector = torch.Generator().manual_seed(5), DriftDetector()
-    draw = [torch.randn(16, 8, generator=generator) for _ in range(BLOCK * (REFERENCE + 4))]
+    draw = [torch.randn(16, 8, generator=generator) for _ in range(BATCHES * (REFERENCE + 4))]
     assert not [words for x in draw for words in detector.look((x, torch.zeros(16, dtype=torch.int64)))]
-    found = [words for x in draw[: 2 * BLOCK] for words in detector.look((3 * x, torch.zeros(16, dtype=torch.int64)))]
+    found = [words for x in draw[: 2 * BATCHES] for words in detector.look((3 * x, torch.zeros(16, dtype=torch.int64)))]
     assert len(found) == 1 and "mean square" in found[0]
