@@ -3,8 +3,8 @@ goes on alone. Needs root: the hosts are network namespaces.
 
     sudo python -m tests.faults.two_hosts
 
-Run on a machine with two busy cores it took 13 s from the kill, and 16 s from the cut, to the next step: ten seconds of
-silence for the cut, then until the rendezvous has given the other host up.
+On two busy cores it took 13 to 16 s from the kill, and 16 to 28 s from the cut, to the next step: ten seconds of silence
+for a cut, then until the rendezvous has given the other host up.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def survive(how: str, folder: Path) -> float:
 
 def main() -> int:
     """Both losses; returns 77 where this machine can't have such hosts."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ranks and namespaces must not stay behind
     for how in WORDS:
         with TemporaryDirectory() as name:
             try:
