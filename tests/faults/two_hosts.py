@@ -3,8 +3,8 @@ goes on alone. Needs root: the hosts are network namespaces.
 
     sudo python -m tests.faults.two_hosts
 
-On two busy cores it took 13 to 16 s from the kill, and 16 to 28 s from the cut, to the next step: ten seconds of silence
-for a cut, then until the rendezvous has given the other host up.
+On two busy cores it took 13 to 16 s from the kill, and 16 to 28 s from the cut, to the next step: ten seconds of
+silence for a cut, then until the rendezvous has given the other host up.
 """
 
 from __future__ import annotations
