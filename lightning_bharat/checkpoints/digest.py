@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import xxhash
@@ -24,6 +25,20 @@ def digest_of(path: Path) -> str:
         while size := file.readinto(piece):
             digest.update(piece[:size])
     return digest.hexdigest()
+
+
+def read_back(path: Path, expected: str) -> None:
+    """Compare what lies on the disk with what was written: the file is read again, and not from the page cache.
+
+    Raises:
+        CheckpointError: it is another content.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # it has been synced: the cache lets go of it
+    finally:
+        os.close(descriptor)
+    check_digest(path, expected)
 
 
 def check_digest(path: Path, expected: str) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from lightning_bharat.checkpoints import compressed_file, directory, safetensors_file
 from lightning_bharat.checkpoints.compressed_file import Place
+from lightning_bharat.checkpoints.digest import read_back
 from lightning_bharat.checkpoints.document import as_plain, state_bytes, take_shares, write_state
 from lightning_bharat.checkpoints.errors import disk_errors, on_all_ranks, on_rank_zero, together
 from lightning_bharat.checkpoints.index import Stored, chunk_key, write_index
@@ -50,11 +51,12 @@ class Saver:
 
     Args:
         compression: of tensors; ``None`` leaves them as any safetensors reader opens them.
+        read_back: read each rank's file from the disk again before the checkpoint is committed, and compare it.
     """
 
-    def __init__(self, compression: Compression | None = None) -> None:
+    def __init__(self, compression: Compression | None = None, read_back: bool = False) -> None:
         self._planner, self._memory = Planner(), HostMemory()
-        self.compression = compression
+        self.compression, self.read_back = compression, read_back
 
     def save(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
         """Write ``checkpoint`` to ``path``, which appears when it is whole. All ranks must call it.
@@ -97,7 +99,7 @@ class Saver:
 
         with disk_errors():
             staging = on_rank_zero(stage)
-        return Saving(path, staging, planned, snapshot, b"".join(state), manifest, self.compression)
+        return Saving(path, staging, planned, snapshot, b"".join(state), manifest, self.compression, self.read_back)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Saving:
     state: bytes
     manifest: Manifest
     compression: Compression | None = None
+    read_back: bool = False
 
     def write(self, ranks: Ranks) -> None:
         """Write this rank's file; when all ranks have, rank 0 writes the rest and commits. All ranks must call it.
@@ -138,9 +141,13 @@ class Saving:
         if not self.snapshot.entries:
             return {}
         name, entries = self._named(self.planned.file), self.snapshot.entries
+        places: dict[str, Place] = {}
         if self.compression is None:
-            return {"file": name, "digest": safetensors_file.write(self.staging / name, entries, {"format": "pt"})}
-        digest, places = compressed_file.write(self.staging / name, entries)
+            digest = safetensors_file.write(self.staging / name, entries, {"format": "pt"})
+        else:
+            digest, places = compressed_file.write(self.staging / name, entries)
+        if self.read_back:
+            read_back(self.staging / name, digest)
         return {"file": name, "digest": digest, "places": {key: (p.begin, p.pieces) for key, p in places.items()}}
 
     def _named(self, file: str) -> str:

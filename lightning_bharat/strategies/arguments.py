@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     ),
     "weights": (_are_weights, "a path, a state dict or None"),
     "save_distributed_checkpoint": _FLAG,
+    "checkpoint_read_back": _FLAG,
     "checkpoint_compression": (_one_of((None, "zstd")), '"zstd" or None'),
     "process_group_backend": (_is_backend, 'None, "gloo", "nccl" or another backend that torch.distributed knows'),
     "timeout": (_is_time, "a datetime.timedelta above 0, or None"),

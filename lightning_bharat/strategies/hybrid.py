@@ -101,6 +101,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
             itself, by a method ``initial_weights()`` that returns them by full names.
         save_distributed_checkpoint: write directories, each rank its parts; ``False`` gathers a plain ``.ckpt``.
         checkpoint_compression: "zstd" writes tensors without loss in fewer bytes: space, not time, is saved.
+        checkpoint_read_back: compare tensors on the disk with what was written, before a directory gets its name.
         process_group_backend: ``None``: ``"nccl"`` on CUDA, ``"gloo"`` on the CPU.
         timeout: of collectives.
 
@@ -140,6 +141,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         weights: Any = None,
         save_distributed_checkpoint: bool = True,
         checkpoint_compression: Literal["zstd"] | None = None,
+        checkpoint_read_back: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -149,7 +151,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         self.schedule = schedule  # "auto" until there is a plan
         self.predicted: tuple[Predicted, ...] = ()
         self.save_distributed_checkpoint = save_distributed_checkpoint
-        self.saves.saver.compression = checkpoint_compression
+        self.saves.saver.compression, self.saves.saver.read_back = checkpoint_compression, checkpoint_read_back
         self.plan: ModelPlan | None = None
         self.slices: dict[str, TensorSlice] = {}
         self._has_stepped = False

@@ -50,6 +50,7 @@ class Options:
     weights: Any
     save_distributed_checkpoint: bool
     checkpoint_compression: str | None
+    checkpoint_read_back: bool
     process_group_backend: str | None
     timeout: timedelta | None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lightning_bharat.checkpoints import Checkpoint, CheckpointError, Share, com
 from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.safetensors_file import DTYPES, Entry
+from lightning_bharat.checkpoints.saving import Compression, Saver
 from lightning_bharat.checkpoints.whole import problems
 from lightning_bharat.cli import main
 from lightning_bharat.commands import checkpoints as commands
@@ -154,3 +156,26 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
     seal(folder)
     with pytest.raises(CheckpointError, match="can't hold 4000000000000000"):
         read(folder)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_what_a_disk_has_not_kept_is_found_before_it_is_committed(
+    compression: Compression | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = tmp_path / "a.ckpt", {"state_dict": {"w": Share.of(torch.arange(1000.0))}}
+    Saver(compression, read_back=True).save(path, content, Manifest(step=1))
+    assert not any(problems(path)) and Manifest.read(path).step == 1
+    sync = os.fsync
+
+    def forgets(descriptor: int) -> None:
+        sync(descriptor)
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if Path(name).stem.startswith("rank_"):
+            with open(name, "r+b") as file:
+                file.seek(900)
+                file.write(bytes(4))
+
+    monkeypatch.setattr(os, "fsync", forgets)
+    with pytest.raises(CheckpointError, match="its bytes are not those that were written"):
+        Saver(compression, read_back=True).save(path, content, Manifest(step=2))
+    assert Manifest.read(path).step == 1 and [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]

@@ -47,6 +47,7 @@ GOOD: dict[str, tuple] = {
     "weights": (None, "two", "folder", Path("folder"), {}, {"w": torch.ones(1)}, {"blocks.*.up": "colwise"}),
     "save_distributed_checkpoint": (True, False),
     "checkpoint_compression": (None, "zstd"),
+    "checkpoint_read_back": (True, False),
     "process_group_backend": (None, "gloo", "nccl", "cpu:gloo,cuda:nccl"),
     "timeout": (None, timedelta(seconds=1)),
 }
