@@ -2,9 +2,10 @@
 
 Of floating-point numbers the bytes with sign and exponent are alike and those of the mantissa are not; taken apart
 (Blosc's "shuffle"), they compress by what can be had: 13 to 17 % of fp32 weights and Adam states, a quarter of bf16
-weights (benchmarks/compression.py). Level 1: higher ones take many times longer for 2 % more. Pieces are read each by itself, so that a rank reads
-what it needs. zstd's reader is given what length to expect: a piece that would unpack to another one is refused.
-(Blosc's own reader writes past the end of what it is given when the piece says so, which a stranger's may.)
+weights (benchmarks/compression.py). Level 1: higher ones take many times longer for 2 % more. Pieces are read each by
+itself, so that a rank reads what it needs. zstd's reader is given what length to expect: a piece that would unpack to
+another one is refused. (Blosc's own reader writes past the end of what it is given when the piece says so, which a
+stranger's may.)
 """
 
 from __future__ import annotations
