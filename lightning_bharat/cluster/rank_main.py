@@ -27,6 +27,7 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
     _write_to(os.path.join(folder, "output"))
     stacks = open(os.path.join(folder, "stacks"), "w")  # noqa: SIM115 - open as long as the process
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    faulthandler.enable(file=2)  # native code that crashes says where
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)

@@ -127,6 +127,7 @@ def _prepare(orders: Orders) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     stacks = open(Path(orders.folder, STACKS), "w")  # noqa: SIM115
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    faulthandler.enable(file=2)  # native code that crashes says where
     heartbeat.begin(Path(orders.folder, HEARTBEAT))
     # A loader in this rank starts its workers as in any other process, and not by the launcher's server.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)

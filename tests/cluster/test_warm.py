@@ -68,6 +68,8 @@ def end_one(rank: int, how: str) -> None:
     if int(os.environ["RANK"]) == rank:
         if how == "exit":
             os._exit(7)
+        if how == "crash":
+            os.abort()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
 
@@ -127,7 +129,10 @@ def test_a_hang_ends_at_the_time_out_with_the_stacks_of_all_ranks() -> None:
     assert "sleep_on_one" in sleeping.stacks and "sleep_on_one" in str(failed.value)
 
 
-@pytest.mark.parametrize(("how", "code", "words"), [("exit", 7, "exit code 7"), ("kill", -9, "SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [("exit", 7, "exit code 7"), ("kill", -9, "SIGKILL"), ("crash", -6, r"Fatal Python error: Aborted[^$]*in end_one")],
+)
 def test_a_rank_that_ends_without_a_word_is_named_with_how_it_ended(how: str, code: int, words: str) -> None:
     with pytest.raises(RanksFailed, match=words) as failed:
         run_ranks(end_one, 2, 0, how, grace=0.5)
