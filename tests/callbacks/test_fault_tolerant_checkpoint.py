@@ -142,7 +142,7 @@ class Begun(L.Callback):
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_while_it_saves_beside_training(tmp_path: Path, seed: int) -> None:
     rank, draw = seed % 2, random.Random(seed)
-    each = (3200, 1370)[rank]  # lines that a save takes
+    each = (5800, 1650)[rank]  # lines that a save takes
     with pytest.raises(RanksFailed) as failed:
         run_ranks(save_until_killed, 2, str(tmp_path), rank, draw.randrange(each, 3 * each))
     assert -signal.SIGKILL in [outcome.exit_code for outcome in failed.value.outcomes]
@@ -152,8 +152,8 @@ def test_killed_while_it_saves_beside_training(tmp_path: Path, seed: int) -> Non
     newest = max(Manifest.read(path).step for path in listed)
     assert newest >= committed
     assert run_ranks(resume, 2, str(tmp_path), newest + 2)[0][0] == newest
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"last.ckpt", f"step={newest + 2}.ckpt", "events.jsonl", ".lock"}, "what a kill left is cleaned up"
+    left = {path.name for path in tmp_path.iterdir()} - {"events.jsonl", ".first_losses.jsonl", ".lock"}
+    assert left == {"last.ckpt", f"step={newest + 2}.ckpt"}, "what a kill left is cleaned up"
     assert Manifest.read(tmp_path / "last.ckpt").step == newest + 2
 
 

@@ -105,14 +105,15 @@ def test_nothing_but_checkpoints_is_left(saved: dict[str, str]) -> None:
 def read_sizes(layout: Layout, folder: str) -> tuple[dict[str, int], dict[str, int]]:
     """Load, and return by tensor how many values this rank read and how many it holds."""
     read: dict[str, int] = {}
-    read_one = dcp._Reader._read
+    read_file = dcp._Reader._read_file
 
-    def counted(self: Any, file: Any, item: Any, planner: Any) -> None:
-        name = item.storage_index.fqn
-        read[name] = read.get(name, 0) + prod(item.lengths)
-        read_one(self, file, item, planner)
+    def counted(self: Any, path: Path, items: Any, planner: Any) -> None:
+        for item in items:
+            name = item.storage_index.fqn
+            read[name] = read.get(name, 0) + prod(item.lengths)
+        read_file(self, path, items, planner)
 
-    dcp._Reader._read = counted  # type: ignore[method-assign]
+    dcp._Reader._read_file = counted  # type: ignore[method-assign]
     case = Case(layout, seed=2)
     load_weights(case.module, case.slices, Checkpoint(Path(folder)).load()["state_dict"])
     held = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in case.module.named_parameters()}
