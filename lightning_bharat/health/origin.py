@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from lightning_bharat.health.hooks import after_each, floats
 
 
 class Origin:
@@ -24,24 +24,14 @@ class Origin:
         self.forward = False
         self._last = ""
 
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
+    def watching(self, module: nn.Module) -> AbstractContextManager[None]:
         """Hooks on each module below ``module``, for as long as this lasts. They change nothing that flows."""
-        handles = [
-            child.register_forward_hook(partial(self._ran, name), with_kwargs=True)
-            for name, child in module.named_modules()
-            if name
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return after_each(module, self._ran)
 
     @torch.no_grad()
     def _ran(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = _floats((args, kwargs))
-        if not self.words and not all(map(is_finite, _floats(output))):
+        given = floats((args, kwargs))
+        if not self.words and not all(map(is_finite, floats(output))):
             self.forward = True
             if not all(map(is_finite, given)):
                 after = f"after {self._last}, " if self._last else ""
@@ -54,7 +44,7 @@ class Origin:
         if torch.is_inference_mode_enabled():
             return
         came: list[bool] = []
-        for tensor in _floats(output):
+        for tensor in floats(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._came_back, came))
         for tensor in given:
@@ -72,7 +62,3 @@ class Origin:
 def is_finite(tensor: Tensor) -> bool:
     """Whether all elements here are."""
     return bool(torch.isfinite(tensor.detach()).all())
-
-
-def _floats(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from lightning_bharat.health.hooks import after_each, floats
 
 
 class Trace:
@@ -22,25 +22,16 @@ class Trace:
     def __init__(self) -> None:
         self._sums: list[tuple[str, Tensor]] = []
 
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
+    def watching(self, module: nn.Module) -> AbstractContextManager[None]:
         """Hooks on each module below ``module``, for as long as this lasts."""
-        handles = [
-            child.register_forward_hook(partial(self._ran, name)) for name, child in module.named_modules() if name
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return after_each(module, self._ran)
 
     @torch.no_grad()
-    def _ran(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self._take(f"the output of {name}", leaf)
-                if leaf.requires_grad:
-                    leaf.register_hook(partial(self._take, f"the gradient of the output of {name}"))
+    def _ran(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for tensor in floats(output):
+            self._take(f"the output of {name}", tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._take, f"the gradient of the output of {name}"))
 
     @torch.no_grad()
     def _take(self, what: str, tensor: Tensor) -> None:
