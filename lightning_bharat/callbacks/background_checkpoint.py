@@ -86,6 +86,8 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
     def state_dict(self) -> dict[str, Any]:
         """With what a checkpoint replaces, which a process that is killed after it can't remove any more."""
         replaced = self.paths(self._before) - self.paths(self.remembered()) if self._before else self._orphans
+        if self._before and self.save_top_k == -1:  # without a monitor it remembers the newest one alone, and keeps all
+            replaced -= {self._before["best_model_path"]}
         return {**super().state_dict(), "replaced": sorted(replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

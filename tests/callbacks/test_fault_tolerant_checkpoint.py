@@ -302,6 +302,18 @@ def versions(folder: str, steps: int) -> tuple[int, str, list[str]]:
     return begun.step, begun.path, [str(warning.message) for warning in warned]
 
 
+def keep_all(folder: str, *steps: int) -> list[str]:
+    for until in steps:
+        keep = FaultTolerantCheckpoint(folder, every_n_train_steps=1, filename="{step}", save_top_k=-1, save_last=True)
+        fit("gpt", {}, until, ckpt="last", callbacks=[keep], enable_checkpointing=True, **root(folder))
+    return sorted(path.name for path in Path(folder).glob("*.ckpt"))
+
+
+def test_a_run_that_goes_on_removes_nothing_of_what_is_to_stay(tmp_path: Path) -> None:
+    named = [f"step={step}.ckpt" for step in (1, 2, 3, 4, 5)]
+    assert run_ranks(keep_all, 2, str(tmp_path), 2, 4, 5)[0] == ["last.ckpt", *named]
+
+
 def hold(folder: str) -> None:
     class Waits(L.Callback):
         def on_train_start(self, *_: Any) -> None:
