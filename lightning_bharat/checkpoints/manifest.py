@@ -109,6 +109,13 @@ class Manifest:
         Raises:
             CheckpointError: not a checkpoint of ours, of another form, damaged, or an incomplete copy.
         """
+        found = cls.alone(folder)
+        found.check_files(folder)
+        return found
+
+    @classmethod
+    def alone(cls, folder: Path) -> Manifest:
+        """As :meth:`read`, from a folder that may have none of the files that the manifest lists."""
         content = read_json(folder / MANIFEST)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{folder / MANIFEST} is not the manifest of a lightning_bharat checkpoint")
@@ -126,9 +133,7 @@ class Manifest:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from None
         known = {f.name for f in fields(cls)}
-        found = cls(**{key: value for key, value in content.items() if key in known})
-        found.check_files(folder)
-        return found
+        return cls(**{key: value for key, value in content.items() if key in known})
 
     def check_file(self, path: Path) -> None:
         """Compare the bytes of ``path`` with what was written.

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_bharat.checkpoints import deepspeed, plain, stored
 from lightning_bharat.checkpoints.errors import CheckpointError
+from lightning_bharat.checkpoints.fetched import Fetched, by_url
 from lightning_bharat.checkpoints.manifest import FORMAT, MANIFEST
+from lightning_bharat.checkpoints.remote import Place, Remote, StoreError, place_of
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class Opened:
 
     Attributes:
         path: where it lies.
+        kind: of our directories, DeepSpeed's, or Lightning's files.
         content: Lightning's dict.
         about: the manifest's fields; ``{}`` for what plain Lightning or DeepSpeed wrote.
     """
 
-    path: Path
+    path: Place
+    kind: Literal["directory", "directory of DeepSpeed", "plain Lightning file"]
     content: dict[str, Any]
     about: dict[str, Any]
 
@@ -48,22 +53,50 @@ def _distinct(tree: Any) -> dict[str, stored.StoredTensor]:
     return found
 
 
-def open_any(checkpoint: str | Path) -> Opened:
+def open_any(checkpoint: str | Path | Remote) -> Opened:
     """Open a directory (ours or DeepSpeed's) or a ``.ckpt`` without reading its tensors and without running its code.
+
+    Args:
+        checkpoint: also a URL of a directory of ours, or of a file.
 
     Raises:
         CheckpointError: it is neither, or is damaged.
+        StoreError: its store can't be reached.
     """
-    path = Path(checkpoint)
+    path = place_of(checkpoint)
+    if isinstance(path, Remote):
+        return _open_remote(path)
     if deepspeed.is_checkpoint(path):
-        return Opened(path, content_of(path), {})
+        return Opened(path, "directory of DeepSpeed", content_of(path), {})
     if path.is_dir():
-        found = stored.Checkpoint(path)
-        return Opened(path, found.load(), vars(found.manifest))
+        return _of_ours(path, stored.Checkpoint(path))
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; write a directory with {MANIFEST}, or a Lightning .ckpt file")
-    content = plain.read(path)
-    return Opened(path, content, content.pop(FORMAT, {}))
+    return _of_file(path, plain.read(path))
+
+
+def _open_remote(remote: Remote) -> Opened:
+    try:
+        return _of_ours(remote, Fetched(remote))
+    except StoreError:
+        raise
+    except CheckpointError as no_directory:
+        with TemporaryDirectory(prefix="bharat-") as folder:
+            file = Path(folder) / remote.name
+            try:
+                remote.fetch(file)
+            except FileNotFoundError:
+                raise no_directory from None
+            with by_url(file, remote):
+                return _of_file(remote, plain.read(file))  # mapped to memory: it may lose its name
+
+
+def _of_ours(path: Place, found: stored.Checkpoint) -> Opened:
+    return Opened(path, "directory", found.load(), vars(found.manifest))
+
+
+def _of_file(path: Place, content: dict[str, Any]) -> Opened:
+    return Opened(path, "plain Lightning file", content, content.pop(FORMAT, {}))
 
 
 def content_of(path: Path) -> dict[str, Any]:

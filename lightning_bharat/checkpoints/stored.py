@@ -88,6 +88,18 @@ class Checkpoint:
             self.manifest.check_file(path)
             self._checked.add(path)
 
+    def look(self) -> None:
+        """See that all files are there with the right sizes.
+
+        Raises:
+            CheckpointError: names one that isn't.
+        """
+        self.manifest.check_files(self.folder)
+
+    def names(self) -> list[str]:
+        """Of all that lies in it."""
+        return sorted(path.name for path in self.folder.iterdir())
+
     def load(self) -> dict[str, Any]:
         """Lightning's dict, with a :class:`StoredTensor` for each tensor that is stored in shares."""
         self.check(self.folder / STATE)

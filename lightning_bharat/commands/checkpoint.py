@@ -26,7 +26,7 @@ WEIGHTS = ("state_dict", "current_model_state", "optimizer_states")
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: str | Path,
     out: Path,
     *,
     prefix: str | None = None,
@@ -46,7 +46,7 @@ def export(
         bharat checkpoint export checkpoints/last.ckpt exported --dtype bfloat16 --tokenizer data/tokenizer.json
 
     Args:
-        checkpoint: a checkpoint directory, also one that DeepSpeed wrote, or a plain Lightning .ckpt.
+        checkpoint: a checkpoint directory, also one that DeepSpeed wrote, or a plain Lightning .ckpt; or its URL.
         out: the folder to write.
         prefix: beginning of the names that are exported, which is taken off; what has another name is left out.
             By default that of the module's Hugging Face model, else none: all names as in the LightningModule.
@@ -76,7 +76,7 @@ def export(
             folder.copy_tokenizer(tokenizer, staging)
 
 
-def convert(checkpoint: Path, out: Path, *, overwrite: bool = False) -> None:
+def convert(checkpoint: str | Path, out: Path, *, overwrite: bool = False) -> None:
     """Turn a checkpoint directory into one plain Lightning .ckpt, or a .ckpt or DeepSpeed's directory into one of ours.
 
     Weights, optimizers, loops and callbacks all go along; training continues from either, on any layout. Needs host
@@ -86,14 +86,14 @@ def convert(checkpoint: Path, out: Path, *, overwrite: bool = False) -> None:
         bharat checkpoint convert checkpoints/last.ckpt whole.ckpt
 
     Args:
-        checkpoint: a checkpoint directory, a plain Lightning .ckpt, or a directory that DeepSpeed wrote.
+        checkpoint: a checkpoint directory, a plain Lightning .ckpt, or a directory that DeepSpeed wrote; or its URL.
         out: the file or directory to write, the other of the first two.
         overwrite: replace what is at ``out``.
     """
     _free(out, overwrite)
     found = open_any(checkpoint)
     about = {f.name: found.about[f.name] for f in fields(Manifest) if f.name in found.about and f.name != "files"}
-    if stored.is_checkpoint(checkpoint):
+    if found.kind == "directory":
         content = _map(found.content, stored.StoredTensor, _reading_once())
         states = [_by_index(state) for state in content.get("optimizer_states", [])]
         if "optimizer_states" in content:
@@ -111,14 +111,14 @@ def convert(checkpoint: Path, out: Path, *, overwrite: bool = False) -> None:
     stored.save(directory.local_path(out), content, Manifest(**about) if about else Manifest.of(content))
 
 
-def show(checkpoint: Path, *, tensors: bool = False) -> None:
+def show(checkpoint: str | Path, *, tensors: bool = False) -> None:
     """Print what a checkpoint is: step, layout, versions, sizes.
 
     Example:
         bharat checkpoint show checkpoints/last.ckpt --tensors true
 
     Args:
-        checkpoint: a checkpoint directory, also one that DeepSpeed wrote, or a plain Lightning .ckpt.
+        checkpoint: a checkpoint directory, also one that DeepSpeed wrote, or a plain Lightning .ckpt; or its URL.
         tensors: also print each weight's name, type and shape.
     """
     print(describe(open_any(checkpoint), tensors))
@@ -131,7 +131,7 @@ def describe(found: Opened, tensors: bool = False) -> str:
     model = about.get("hugging_face")
     distinct = {getattr(v, "name", None) or v.data_ptr(): v for v in weights.values()}  # type: ignore[union-attr]
     lines = {
-        "checkpoint": f"{found.path} ({_kind(found.path)})",
+        "checkpoint": f"{found.path} ({found.kind})",
         "step": f"{found.content.get('global_step', 0)} (epoch {found.content.get('epoch', 0)})",
         "saved on": layout if about else "unknown (not written there)",
         "weights": f"{sum(prod(v.shape) for v in distinct.values()):,} in {len(distinct)} tensors",
@@ -145,12 +145,6 @@ def describe(found: Opened, tensors: bool = False) -> str:
     if tensors:
         text += [f"  {name}  {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for name, v in weights.items()]
     return "\n".join(text)
-
-
-def _kind(path: Path) -> str:
-    if path.is_file():
-        return "plain Lightning file"
-    return "directory" if stored.is_checkpoint(path) else "directory of DeepSpeed"
 
 
 def _named(found: Opened, prefix: str, drop_tied: bool) -> dict[str, Tensor | stored.StoredTensor]:

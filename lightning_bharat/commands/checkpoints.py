@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.errors import CheckpointError
-from lightning_bharat.checkpoints.manifest import Manifest
+from lightning_bharat.checkpoints.fetched import opened
+from lightning_bharat.checkpoints.manifest import COMMIT
 from lightning_bharat.checkpoints.opened import open_any, reader
+from lightning_bharat.checkpoints.remote import Place, Remote, StoreError, place_of
 from lightning_bharat.checkpoints.stored import StoredTensor
 from lightning_bharat.checkpoints.whole import checkpoints_in, problems
 from lightning_bharat.commands.table import size, table
 
 
-def list_all(folder: Path) -> None:
+def list_all(folder: str | Path) -> None:
     """List the checkpoints in and below a folder: step, layout, size, and whether their files are there.
 
     Example:
         bharat checkpoint list lightning_logs
 
     Args:
-        folder: where to look; directories only, no plain .ckpt files.
+        folder: where to look, also a URL; directories only, no plain .ckpt files.
     """
     rows = []
     for path in _some(folder):
+        name = str(path.relative_to(place_of(folder)))  # type: ignore[arg-type]
         try:
-            found = Manifest.read(path)
+            checkpoint = opened(path)
+            checkpoint.look()
+        except StoreError:
+            raise
         except CheckpointError as error:
-            rows.append([str(path.relative_to(folder)), "", "", "", str(error)])
+            rows.append([name, "", "", "", str(error)])
             continue
+        found = checkpoint.manifest
         layout = ", ".join(f"{axis} {n}" for axis, n in found.layout.items() if n > 1) or "one device"
         bytes = sum(file["bytes"] for file in found.files.values())
-        rows.append([str(path.relative_to(folder)), str(found.step), layout, size(bytes), "all files there"])
+        rows.append([name, str(found.step), layout, size(bytes), "all files there"])
     print(table(["checkpoint", "step", "saved on", "size", "state"], rows))
 
 
-def verify(folder: Path) -> int:
+def verify(folder: str | Path) -> int:
     """Read every byte of a checkpoint, or of all in and below a folder, and say which files are not as written.
 
     Example:
         bharat checkpoint verify lightning_logs/version_0/checkpoints/last.ckpt
 
     Args:
-        folder: a checkpoint directory, or a folder with some.
+        folder: a checkpoint directory, or a folder with some; or its URL.
 
     Returns:
         0 if all are whole, else 1.
@@ -59,14 +67,14 @@ def verify(folder: Path) -> int:
     return int(bad > 0)
 
 
-def diff(first: Path, second: Path, *, tolerance: float = 0.0) -> int:
+def diff(first: str | Path, second: str | Path, *, tolerance: float = 0.0) -> int:
     """Compare the weights and optimizer states of two checkpoints, on whatever layouts they were saved.
 
     Example:
         bharat checkpoint diff step=100.ckpt step=200.ckpt
 
     Args:
-        first, second: checkpoint directories, or plain Lightning .ckpt files.
+        first, second: checkpoint directories, or plain Lightning .ckpt files; or their URLs.
         tolerance: differences up to this are none.
 
     Returns:
@@ -86,7 +94,7 @@ def diff(first: Path, second: Path, *, tolerance: float = 0.0) -> int:
     return 1
 
 
-def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> None:
+def prune(folder: str | Path, *, keep: int = 1, dry_run: bool = False) -> None:
     """Remove all checkpoints in and below a folder but those of the last steps.
 
     What is kept is read first, every byte: a damaged one does not count, and is left for you to look at. So the last
@@ -96,7 +104,7 @@ def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> None:
         bharat checkpoint prune lightning_logs --keep 2 --dry_run true
 
     Args:
-        folder: where to look; directories only, no plain .ckpt files.
+        folder: where to look, also a URL; directories only, no plain .ckpt files.
         keep: how many whole ones stay.
         dry_run: only say what would be removed.
     """
@@ -110,18 +118,18 @@ def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> None:
             print(f"{path}: {'damaged, left as it is' if damaged else 'kept'}")
             continue
         if not dry_run:
-            directory.remove(path)
+            path.remove(COMMIT) if isinstance(path, Remote) else directory.remove(path)
         print(f"{path}: {'would be ' if dry_run else ''}removed")
 
 
-def _some(folder: Path) -> list[Path]:
-    found = checkpoints_in(folder)
+def _some(folder: str | Path) -> Sequence[Place]:
+    found = checkpoints_in(place_of(folder))
     if not found:
         raise CheckpointError(f"{folder} has no checkpoint directory in it; write a folder that has")
     return found
 
 
-def _tensors(path: Path) -> dict[str, Tensor | StoredTensor]:
+def _tensors(path: str | Path) -> dict[str, Tensor | StoredTensor]:
     """All of a checkpoint's tensors, by where they are in Lightning's dict."""
     found: dict[str, Tensor | StoredTensor] = {}
 
