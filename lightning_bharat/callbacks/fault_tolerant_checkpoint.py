@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bharat import events
@@ -20,10 +17,12 @@ from lightning_bharat.callbacks.background_checkpoint import BackgroundCheckpoin
 from lightning_bharat.callbacks.stop_request import StopRequest, in_words, requeue
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.errors import on_rank_zero
+from lightning_bharat.checkpoints.fetched import FETCHED
 from lightning_bharat.checkpoints.interval import best_interval, between_failures
 from lightning_bharat.checkpoints.lock import FolderLock
 from lightning_bharat.checkpoints.newest import newest_of
 from lightning_bharat.checkpoints.opened import content_of
+from lightning_bharat.checkpoints.remote import place_of
 from lightning_bharat.checkpoints.tiers import Tier, Tiers, forget_holds
 from lightning_bharat.strategies.collectives import highest
 from lightning_bharat.strategies.ends_together import Stopped
@@ -189,23 +188,16 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         self.event(trainer, "stop", step=trainer.global_step, why=why)
         rank_zero_info(f"Stopped after step {trainer.global_step} by {why}; ckpt_path='last' goes on.")
         if trainer.is_global_zero:
-            self._requeue(trainer)
+            requeue(trainer)
         raise Stopped(trainer.global_step, why)
-
-    def _requeue(self, trainer: pl.Trainer) -> None:
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        job = os.environ.get("SLURM_JOB_ID")
-        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue and job):
-            return
-        try:
-            requeue(job)
-        except (OSError, subprocess.SubprocessError) as error:
-            rank_zero_warn(f"Slurm did not take job {job} into its queue again: {error}")
 
     # ---- tiers
 
     def saved(self, trainer: pl.Trainer, path: Path) -> None:
-        """Let the tiers have it."""
+        """Let the tiers have it. A copy that the run went on from has done its part."""
+        fetched = Path(self._found)
+        if fetched.parent == Path(str(self.dirpath)) / FETCHED and trainer.is_global_zero:
+            directory.remove(fetched)
         if self._copies is None:
             return
         if path.is_dir():
@@ -220,11 +212,13 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
     # ---- going on
 
     def find_last(self, trainer: pl.Trainer) -> set[str]:
-        """The newest whole checkpoint. Other ranks than the first look at sizes only: the first one's counts."""
-        own, tiers = self._folders(trainer), [Path(tier.path) for tier in self.tiers if not tier.is_url]
-        found = newest_of([*own, *tiers], rank_zero_warn, every_byte=trainer.is_global_zero)
-        if found is not None and self._asked_folder is None and found.parent in own:
-            self.dirpath = str(found.parent)
+        """The newest whole checkpoint; one in a store is copied to a folder in that of this run. Other ranks than the
+        first look at sizes only: the first one's counts."""
+        own = self._folders(trainer) or [self.folder(trainer)]
+        places = [*own, *(place_of(tier.path) for tier in self.tiers)]
+        found = newest_of(places, rank_zero_warn, every_byte=trainer.is_global_zero, here=own[-1] / FETCHED)
+        if found is not None and self._asked_folder is None:
+            self.dirpath = next((str(folder) for folder in own if folder in found.parents), self.dirpath)
         self._found = str(found or "")
         return {str(found)} if found else set()
 

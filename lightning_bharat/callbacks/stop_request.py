@@ -13,6 +13,10 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 TIME = 10_000  # in the place of a signal's number
 LEAST_MARGIN = 60.0  # seconds before the end of a Slurm job; its processes get another half a minute or so
 
@@ -100,10 +104,13 @@ def slurm_end() -> float | None:
     return None
 
 
-def requeue(job: str) -> None:
-    """Let Slurm start the job again.
-
-    Raises:
-        OSError, subprocess.SubprocessError: ``scontrol`` did not.
-    """
-    subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
+def requeue(trainer: pl.Trainer) -> None:
+    """Let Slurm start the job again, where Lightning would. A refusal is a warning."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    job = os.environ.get("SLURM_JOB_ID")
+    if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue and job):
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        rank_zero_warn(f"Slurm did not take job {job} into its queue again: {error}")

@@ -17,11 +17,18 @@ from typing import Any
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.manifest import COMMIT, MANIFEST, Manifest
-from lightning_bharat.checkpoints.remote import Place, Remote
+from lightning_bharat.checkpoints.remote import Place, Remote, place_of
 from lightning_bharat.checkpoints.stored import Checkpoint
 
 _THREADS = 4  # that fetch files at once
 _LOCK = ".fetching"
+FETCHED = "fetched"  # the folder, in that of a run, for what a run goes on from
+
+
+class MissingFile(CheckpointError):
+    """A checkpoint that lacks the file ``name``."""
+
+    name = ""
 
 
 class Fetched(Checkpoint):
@@ -92,9 +99,9 @@ class Fetched(Checkpoint):
             raise self._missing(target.name) from None
 
     def _missing(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.remote / name} is missing: {self.remote} is no checkpoint, or an incomplete copy"
-        )
+        error = MissingFile(f"{self.remote / name} is missing: {self.remote} is no checkpoint, or an incomplete copy")
+        error.name = name
+        return error
 
 
 @contextmanager
@@ -118,8 +125,9 @@ def opened(place: Place) -> Checkpoint:
 
 
 def bring(remote: Remote, folder: Path) -> Path:
-    """Copy the checkpoint at ``remote`` into ``folder``, where it appears when all of it is there and has been compared
-    with its digests. Of several processes that ask for it, here or on other hosts that see this folder, one does it.
+    """Copy the checkpoint at ``remote``, a directory of ours or a plain file, into ``folder``, where it appears when
+    all of it is there and has been compared with its digests. Of several processes that ask for it, here or on other
+    hosts that see this folder, one does it.
 
     Returns:
         Where it is: under its own name, or, where another checkpoint has that, with a version as Lightning writes it.
@@ -131,7 +139,12 @@ def bring(remote: Remote, folder: Path) -> Path:
     """
     directory.make_folder(folder)
     with _alone(folder):
-        found = Fetched(remote)
+        try:
+            found = Fetched(remote)
+        except MissingFile as error:
+            if error.name != MANIFEST:
+                raise
+            return _bring_file(remote, folder / remote.name, error)
         target = next(path for path in _names(folder, remote.name) if not path.exists() or _is(path, found))
         if target.exists():
             return target
@@ -144,6 +157,24 @@ def bring(remote: Remote, folder: Path) -> Path:
                     pass
             for path in staging.iterdir():
                 directory.sync(path)
+    return target
+
+
+def on_disk(path: Any, root: str) -> Any:
+    """``path``; of a checkpoint in a store a copy in the folder of the run, ``root``."""
+    remote = place_of(path) if isinstance(path, (str, Path)) else None
+    if not isinstance(remote, Remote):
+        return path
+    folder = place_of(root)
+    return str(bring(remote, (folder if isinstance(folder, Path) else Path(tempfile.gettempdir())) / FETCHED))
+
+
+def _bring_file(remote: Remote, target: Path, no_directory: MissingFile) -> Path:
+    try:
+        if not target.is_file() or target.stat().st_size != remote.size():
+            remote.fetch(target)
+    except FileNotFoundError:
+        raise no_directory from None
     return target
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_bharat.checkpoints import deepspeed, plain, stored
 from lightning_bharat.checkpoints.errors import CheckpointError
-from lightning_bharat.checkpoints.fetched import Fetched, by_url
+from lightning_bharat.checkpoints.fetched import Fetched, MissingFile, by_url
 from lightning_bharat.checkpoints.manifest import FORMAT, MANIFEST
-from lightning_bharat.checkpoints.remote import Place, Remote, StoreError, place_of
+from lightning_bharat.checkpoints.remote import Place, Remote, place_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def open_any(checkpoint: str | Path | Remote) -> Opened:
 def _open_remote(remote: Remote) -> Opened:
     try:
         return _of_ours(remote, Fetched(remote))
-    except StoreError:
-        raise
-    except CheckpointError as no_directory:
+    except MissingFile as no_directory:
+        if no_directory.name != MANIFEST:
+            raise
         with TemporaryDirectory(prefix="bharat-") as folder:
             file = Path(folder) / remote.name
             try:

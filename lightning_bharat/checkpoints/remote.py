@@ -20,6 +20,7 @@ from lightning_bharat.checkpoints.errors import CheckpointError
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds in which an answer, or more of a file, must come; libraries try again within it
+_UPLOAD = 10  # times as long, for what is sent: not all libraries say how far they are
 _DEPTH = 16  # of folders below a URL that are looked into
 
 
@@ -103,6 +104,30 @@ class Remote:
             if part.is_file():
                 part.unlink()
 
+    def put(self, source: Path) -> None:
+        """Write the file ``source`` to this place.
+
+        Raises:
+            StoreError: it can't be done, or is not known to be.
+        """
+        from fsspec.callbacks import Callback
+
+        store, path = self._opened()
+        sent = Callback()
+        store.invalidate_cache()
+        self._ask(lambda: store.put_file(str(source), path, callback=sent), lambda: sent.value, _UPLOAD)
+        if (size := self.size()) not in (None, source.stat().st_size):
+            raise StoreError(f"{self} has {size} bytes, and {source.stat().st_size} were sent to it")
+
+    def make(self) -> None:
+        """Let this folder be there.
+
+        Raises:
+            StoreError: as :meth:`put`.
+        """
+        store, path = self._opened()
+        self._ask(lambda: store.makedirs(path, exist_ok=True))
+
     def remove(self, first: str) -> None:
         """Remove this folder, and before all else the file ``first`` in it, by which it is known.
 
@@ -143,8 +168,8 @@ class Remote:
             raise self._unknown(error) from error
         return store, path.rstrip("/")
 
-    def _ask(self, question: Callable[[], T], moved: Callable[[], int] = lambda: 0) -> T:
-        """The answer, as long as it comes, or ``moved`` grows, within PATIENCE."""
+    def _ask(self, question: Callable[[], T], moved: Callable[[], int] = lambda: 0, times: int = 1) -> T:
+        """The answer, as long as it comes, or ``moved`` grows, within PATIENCE, so many ``times``."""
         answer: Future[T] = Future()
 
         def ask() -> None:
@@ -155,9 +180,9 @@ class Remote:
 
         Thread(target=ask, daemon=True).start()  # which the end of the process does not wait for
         before = 0
-        while not wait([answer], PATIENCE).done:
+        while not wait([answer], times * PATIENCE).done:
             if moved() <= before:
-                raise StoreError(f"{self} does not answer: nothing has come for {PATIENCE:.0f} s. {_UNKNOWN}")
+                raise StoreError(f"{self} does not answer: nothing has come for {times * PATIENCE:.0f} s. {_UNKNOWN}")
             before = moved()
         try:
             return answer.result()

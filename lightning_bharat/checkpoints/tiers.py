@@ -8,13 +8,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.background import Background
-from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.manifest import COMMIT, MANIFEST, Manifest
 from lightning_bharat.checkpoints.newest import check
+from lightning_bharat.checkpoints.remote import Remote
 
 _HOLD = ".hold"
 
@@ -133,27 +132,15 @@ def _copy_here(tier: Tier, checkpoint: Path, step: int) -> str:
 
 def _upload(tier: Tier, checkpoint: Path, step: int) -> str:
     """`COMMIT` goes last, and is removed first: a copy without it is none."""
-    from fsspec.core import url_to_fs
-
-    store, root = url_to_fs(tier.path)
-    target, last = f"{root}/step={step}.ckpt", (MANIFEST, COMMIT)
-    if store.exists(target):
-        _remove_from(store, target)
-    store.makedirs(target, exist_ok=True)
+    store, last = Remote(tier.path.rstrip("/")), (MANIFEST, COMMIT)
+    target = store / f"step={step}.ckpt"
+    target.remove(COMMIT)
+    target.make()
     for name in (*(file.name for file in checkpoint.iterdir() if file.name not in last), *last):
-        store.put_file(str(checkpoint / name), f"{target}/{name}")
-        if store.size(f"{target}/{name}") != (checkpoint / name).stat().st_size:
-            raise CheckpointError(f"{tier.path} has another size of {name} than was sent to it")
-    names = [str(path).rstrip("/").rpartition("/")[2] for path in store.ls(root, detail=False)]
-    for name in _too_old(names, tier.keep):
-        _remove_from(store, f"{root}/{name}")
-    return f"{tier.path}/step={step}.ckpt"
-
-
-def _remove_from(store: Any, path: str) -> None:
-    if store.exists(f"{path}/{COMMIT}"):
-        store.rm_file(f"{path}/{COMMIT}")
-    store.rm(path, recursive=True)
+        (target / name).put(checkpoint / name)
+    for name in _too_old(store.look()[1], tier.keep):
+        (store / name).remove(COMMIT)
+    return str(target)
 
 
 def _too_old(names: Sequence[str], keep: int) -> list[str]:

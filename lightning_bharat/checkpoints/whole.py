@@ -59,7 +59,7 @@ def checkpoints_in(folder: P) -> list[P]:
     Raises:
         StoreError: it lies in a store that can't be reached.
     """
-    return sorted(_found(folder), key=lambda place: (_step(place), str(place)))
+    return sorted(found_in(folder), key=lambda place: (_step(place), str(place)))
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -67,7 +67,8 @@ def newest_whole(folder: Path) -> Path | None:
     return next((path for path in reversed(checkpoints_in(folder)) if not any(problems(path))), None)
 
 
-def _found(folder: P) -> Iterator[P]:
+def found_in(folder: P) -> Iterator[P]:
+    """As :func:`checkpoints_in`, in no order."""
     if isinstance(folder, Path):
         yield from (path for path in [folder, *folder.rglob("*")] if path.is_dir() and _looks_like_one(path))
         return

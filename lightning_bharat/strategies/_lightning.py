@@ -34,6 +34,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_bharat.checkpoints.fetched import on_disk
 from lightning_bharat.strategies._model_checkpoint import OpenModelCheckpoint
 from lightning_bharat.strategies._torchmetrics import know_of_updates
 from lightning_bharat.strategies.attempt_store import store_of_attempt
@@ -83,7 +84,7 @@ def keep_ckpt_path(trainer: pl.Trainer) -> None:
             if state_fn == TrainerFn.FITTING and not callback.best_model_path:
                 rank_zero_warn('ckpt_path="best", and there is no best checkpoint yet: training begins anew')
                 path = None
-        connector.chosen = choose(state_fn, path, *args, **kwargs)
+        connector.chosen = on_disk(choose(state_fn, path, *args, **kwargs), trainer.default_root_dir)
         return connector.chosen
 
     connector._select_ckpt_path = chosen
