@@ -46,6 +46,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.balance
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.input
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

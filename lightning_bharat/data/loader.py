@@ -47,6 +47,9 @@ class OrderedLoader:
         on_resume: called before the first epoch after a resume with the number of this epoch's batches that count as
             done, in today's batches over all ranks: what the training loop's count must say to end with the last one.
         batches_of_epoch: where the training loop ends an epoch, if before the last batch (``limit_train_batches``).
+
+    Attributes:
+        dataloader: reads the batches, with its own settings of workers; a change counts from the next epoch on.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class OrderedLoader:
         self._ahead = 0  # by how many epochs Lightning's count is before the data's
         self._handed = 0
         self._begun = False
-        self._loader: DataLoader = DataLoader(
+        self.dataloader: DataLoader = DataLoader(
             dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=unchanged
         )
 
@@ -102,7 +105,7 @@ class OrderedLoader:
         if self._begun or not len(self._batches.steps(self._batches.position)):
             self._batches.go_to(self._batches.epoch + 1)
         self._begun, self._handed = True, 0
-        for batch in self._loader:
+        for batch in self.dataloader:
             self._handed += 1
             yield batch
 

@@ -191,6 +191,26 @@ def after_each_batch(trainer: pl.Trainer, ended: Callable[[], None]) -> None:
     _around(trainer.fit_loop.epoch_loop, "on_advance_end", after=ended, what="batch")
 
 
+def around_fetch(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Call ``begin`` before training asks for a batch, or for an iterator at the start of an epoch, and ``end`` when it
+    has the batch."""
+    loop = trainer.fit_loop.epoch_loop
+    _around(loop, "on_run_start", before=begin, what="fetch")
+    _around(loop, "_on_before_fetch", before=begin, what="fetch")
+    _around(loop, "_on_after_fetch", after=end, what="fetch")
+
+
+def begin_again(trainer: pl.Trainer, loader: Any) -> None:
+    """Let training take its next batches from a new iterator over ``loader``, which has a state, from where the last
+    finished batch ends. The random numbers of this process stay as they are."""
+    loop: Any = trainer.fit_loop
+    loader.load_state_dict(loader.state_dict())
+    state = torch.get_rng_state()
+    iter(loop._data_fetcher)
+    torch.set_rng_state(state)
+    loop._data_fetcher.fetched += loop.epoch_loop.batch_progress.current.ready
+
+
 def around_training_loaders(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
     """Call ``begin`` before the trainer may make its training loaders, and ``end`` after."""
     _around(trainer.fit_loop, "setup_data", begin, end, what="loaders")

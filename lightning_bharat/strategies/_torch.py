@@ -28,6 +28,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 
 class Root:
@@ -278,6 +280,15 @@ def flight_record() -> str:
     says how many they keep)."""
     dump: Any = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json")  # noqa: B009 - its types do not know it
     return dump().decode(errors="replace")
+
+
+def forget_workers(loader: DataLoader) -> None:
+    """End the workers that ``loader`` keeps for its next iteration, if it keeps some; new ones take no random number
+    of this process."""
+    if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+        loader._iterator._shutdown_workers()
+        loader.generator = loader.generator or torch.Generator()
+    loader._iterator = None
 
 
 def is_recomputed() -> bool:

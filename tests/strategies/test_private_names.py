@@ -28,7 +28,7 @@ from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ThroughputMonitor
 from lightning.pytorch.core import optimizer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loops import fit_loop, training_epoch_loop
+from lightning.pytorch.loops import fetchers, fit_loop, training_epoch_loop
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors import data_connector
@@ -44,6 +44,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.utils import checkpoint
+from torch.utils.data import DataLoader, dataloader
 from torchmetrics import CatMetric
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -722,6 +723,32 @@ def on_a_rank() -> None:
 def groups_and_fsdp() -> None:
     """FSDP2's state gathers and divides its root's weights, driven by hand as strategies/_torch.py does."""
     run_ranks(on_a_rank, 1)
+
+
+@relied_on("_MultiProcessingDataLoaderIter", "_iterator", "_shutdown_workers")
+def kept_workers_are_a_loader_s_iterator() -> None:
+    """With persistent workers a DataLoader keeps its iterator, which can end them; without, it keeps none."""
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    assert len(list(loader)) == 4 and isinstance(loader._iterator, dataloader._MultiProcessingDataLoaderIter)
+    workers = loader._iterator._workers
+    loader._iterator._shutdown_workers()
+    assert not any(worker.is_alive() for worker in workers)
+    loader._iterator = None
+    loader.num_workers = 0
+    assert len(list(loader)) == 4 and loader._iterator is None
+
+
+@relied_on("_on_before_fetch", "_on_after_fetch")
+def a_fetch_is_announced() -> None:
+    """The epoch's loop gives both to its fetcher in on_run_start, which begins an iteration before, in all epochs but
+    the first; and counts the batches of before, where it goes on in the middle."""
+    loop = training_epoch_loop._TrainingEpochLoop
+    source = inspect.getsource(loop.on_run_start)
+    order = ["iter(data_fetcher)", "data_fetcher.fetched += self.batch_progress.current.ready"]
+    order += ["_start_profiler = self._on_before_fetch", "_stop_profiler = self._on_after_fetch"]
+    assert [source.index(words) for words in order] == sorted(source.index(words) for words in order)
+    fetch = inspect.getsource(fetchers._DataFetcher.__next__)
+    assert fetch.index("_start_profiler()") < fetch.index("next(self.iterator)") < fetch.index("_stop_profiler()")
 
 
 def on_a_recorded_rank() -> str:
