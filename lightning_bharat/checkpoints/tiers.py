@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.background import Background
+from lightning_bharat.checkpoints.compressed_copy import write_compressed
 from lightning_bharat.checkpoints.manifest import COMMIT, MANIFEST, Manifest
 from lightning_bharat.checkpoints.newest import check
 from lightning_bharat.checkpoints.remote import Remote
+from lightning_bharat.checkpoints.saving import Compression
 
 _HOLD = ".hold"
 
@@ -27,20 +30,25 @@ class Tier:
             URL that fsspec writes to (``s3://...``, with the package that fsspec asks for).
         every: of how many saves one is copied there.
         keep: how many, the newest ones; 0: all.
+        compression: ``"zstd"`` writes the copies in fewer bytes, without loss; the checkpoints that they are of stay as
+            they are.
 
     Raises:
-        ValueError: a number below 1 (``keep``: below 0).
+        ValueError: a number below 1 (``keep``: below 0), or another compression.
     """
 
     path: str
     every: int = 1
     keep: int = 1
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("keep", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Tier({name}={value!r}): write a whole number from {least} up")
+        if self.compression not in (None, "zstd"):
+            raise ValueError(f"Tier(compression={self.compression!r}): write 'zstd', or None")
 
     @property
     def is_url(self) -> bool:
@@ -91,9 +99,13 @@ class Tiers:
 
 def hold(path: Path) -> Path:
     """A hidden second name for the files of ``path``, which stay when that is removed."""
-    held = path.parent / f".{uuid.uuid4().hex[:8]}{_HOLD}"
+    held = _new_hold(path.parent)
     directory.link(path, held)
     return held
+
+
+def _new_hold(folder: Path) -> Path:
+    return folder / f".{uuid.uuid4().hex[:8]}{_HOLD}"
 
 
 def forget_holds(folder: Path) -> None:
@@ -120,9 +132,12 @@ def _copy_here(tier: Tier, checkpoint: Path, step: int) -> str:
     target = directory.local_path(Path(tier.path) / f"step={step}.ckpt")
     directory.need_space(target, sum(file.stat().st_size for file in checkpoint.iterdir()))
     with directory.own_directory(target) as staging:
-        for file in checkpoint.iterdir():
-            shutil.copyfile(file, staging / file.name)
-            directory.sync(staging / file.name)
+        if tier.compression:
+            write_compressed(checkpoint, staging)
+        else:
+            for file in checkpoint.iterdir():
+                shutil.copyfile(file, staging / file.name)
+                directory.sync(staging / file.name)
         check(staging)
     names = [path.name for path in Path(tier.path).iterdir() if (path / COMMIT).exists()]
     for name in _too_old(names, tier.keep):
@@ -136,11 +151,27 @@ def _upload(tier: Tier, checkpoint: Path, step: int) -> str:
     target = store / f"step={step}.ckpt"
     target.remove(COMMIT)
     target.make()
-    for name in (*(file.name for file in checkpoint.iterdir() if file.name not in last), *last):
-        (target / name).put(checkpoint / name)
+    with _as_sent(tier, checkpoint) as folder:
+        for name in (*(file.name for file in folder.iterdir() if file.name not in last), *last):
+            (target / name).put(folder / name)
     for name in _too_old(store.look()[1], tier.keep):
         (store / name).remove(COMMIT)
     return str(target)
+
+
+@contextmanager
+def _as_sent(tier: Tier, checkpoint: Path) -> Iterator[Path]:
+    if tier.compression is None:
+        yield checkpoint
+        return
+    directory.need_space(checkpoint, sum(file.stat().st_size for file in checkpoint.iterdir()))
+    packed = _new_hold(checkpoint.parent)
+    packed.mkdir()
+    try:
+        write_compressed(checkpoint, packed)
+        yield packed
+    finally:
+        shutil.rmtree(packed, ignore_errors=True)
 
 
 def _too_old(names: Sequence[str], keep: int) -> list[str]:

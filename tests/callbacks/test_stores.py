@@ -9,13 +9,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from lightning_bharat import events
 from lightning_bharat.callbacks import FaultTolerantCheckpoint, Tier
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.whole import checkpoints_in, problems
 from tests.checkpoints.stores import gone, served
-from tests.modules import fit
+from tests.modules import PlacedRows, fit
 from tests.ranks import RanksFailed, run_ranks
 
 
@@ -30,10 +31,12 @@ def run(folder: str, store: str, steps: int, ckpt: str = "last") -> tuple[int, s
     """Where a run began, and of what it warned."""
     begun = Begun()
     keep = FaultTolerantCheckpoint(
-        f"{folder}/disk", every_n_train_steps=1, tiers=[Tier(store, keep=0)] if store else ()
+        f"{folder}/disk", every_n_train_steps=1, tiers=[Tier(store, keep=0, compression="zstd")] if store else ()
     )
     with warnings.catch_warnings(record=True) as warned:
-        fit("gpt", {}, steps, ckpt=ckpt, callbacks=[begun, keep], enable_checkpointing=True, default_root_dir=folder)
+        common: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": folder}
+        found = fit("gpt", {}, steps, ckpt=ckpt, callbacks=[begun, keep], rows_kind=PlacedRows, **common)
+    torch.save(found.weights, f"{folder}/after.pt")
     return begun.step, begun.path, "\n".join(str(warning.message) for warning in warned)
 
 
@@ -48,6 +51,9 @@ def test_the_disk_is_lost_and_the_store_has_it(tmp_path: Path) -> None:
     first, (step, path, _) = run_ranks(in_one_process, 1, str(tmp_path))[0]
     assert first[:2] == (0, "") and step == 2 and path == str(tmp_path / "disk/fetched/step=2.ckpt")
     assert not list((tmp_path / "disk/fetched").glob("*.ckpt"))  # it has done its part
+    run_ranks(run, 1, str(tmp_path / "other"), "", 4)
+    undisturbed, weights = (torch.load(tmp_path / name / "after.pt") for name in ("other", "."))
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
     assert [e["path"] for e in events.read(tmp_path) if e["kind"] == "tier"][-1] == "memory://bucket/run/step=4.ckpt"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.safetensors_file import DTYPES, Entry
 from lightning_bharat.checkpoints.saving import Compression, Saver
+from lightning_bharat.checkpoints.tiers import Tier, copy_to
 from lightning_bharat.checkpoints.whole import problems
 from lightning_bharat.cli import main
 from lightning_bharat.commands import checkpoints as commands
@@ -179,3 +181,24 @@ def test_what_a_disk_has_not_kept_is_found_before_it_is_committed(
     with pytest.raises(CheckpointError, match="its bytes are not those that were written"):
         Saver(compression, read_back=True).save(path, content, Manifest(step=2))
     assert Manifest.read(path).step == 1 and [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("at", ["", "file://"])
+def test_a_tier_packs_its_copies_and_leaves_what_they_are_of(saved: Path, tmp_path: Path, at: str) -> None:
+    run_ranks(save_case, 2, Layout(tensor=2), str(tmp_path / "run/two.ckpt"))
+    source = tmp_path / "run/two.ckpt"
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for checkpoint in (source, saved / "two.ckpt"):  # the second is compressed already
+        copy = Path(copy_to(Tier(f"{at}{tmp_path}/tier", compression="zstd"), checkpoint).removeprefix("file://"))
+        assert not list(problems(copy)) and {path.suffix for path in copy.iterdir()} == {"", ".json", ".pt", ".zst"}
+        assert commands.diff(copy, checkpoint) == 0
+        of, its = (Manifest.read(path) for path in (checkpoint, copy))
+        assert replace(its, files={}) == replace(of, files={})
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["two.ckpt"]
+    shard = source / "rank_00001.safetensors"
+    shard.write_bytes(before[shard.name][:-1] + b"\1")
+    with pytest.raises(CheckpointError, match="rank_00001.safetensors is damaged"):
+        copy_to(Tier(f"{at}{tmp_path}/tier", compression="zstd"), source)
+    with pytest.raises(ValueError, match="compression='gzip'.: write 'zstd', or None"):
+        Tier("x", compression="gzip")  # type: ignore[arg-type]
