@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning_bharat.checkpoints.errors import CheckpointError, in_words
 
 T = TypeVar("T")
+U = TypeVar("U")
 LONGEST_PAUSE = 0.2  # seconds between two looks into the store
 
 
@@ -89,8 +90,11 @@ class InStore:
         self._rank, self._size, self._lost, self._timeout = rank, size, lost, timeout
         self._number = 0
 
-    def finish(self, own: Callable[[], T], last: Callable[[list[T]], None]) -> None:
+    def finish(self, own: Callable[[], T], last: Callable[[list[T]], U]) -> U:
         """Run ``own`` on every rank, then ``last`` on rank 0, with what ``own`` returned (as JSON can say it).
+
+        Returns:
+            What ``last`` returned (as JSON can say it), on every rank.
 
         Raises:
             CheckpointError: on every rank with the same words, where one of them failed; or a rank is gone.
@@ -102,31 +106,33 @@ class InStore:
         try:
             self._store.set(f"{self._number}/{self._rank}", json.dumps(mine))
             self._store.add(f"{self._number}/ready", 1)
-            said = self._end(last) if self._rank == 0 else self._hear()
+            value, said = self._end(last) if self._rank == 0 else self._hear()
         except dist.DistError as error:
             why = self._lost() or f"the store that rank 0 hosts does not answer ({error})"
             raise CheckpointError(f"the save was left: {why}") from error
         if said:
             raise CheckpointError(said)
-        return None
+        return value
 
-    def _end(self, last: Callable[[list[T]], None]) -> str:
-        """On rank 0: wait for all, do the last part, and tell; returns what went wrong."""
-        number = self._number
+    def _end(self, last: Callable[[list[T]], U]) -> tuple[Any, str]:
+        """On rank 0: wait for all, do the last part, and tell; returns what came of it, and what went wrong."""
+        number, value = self._number, None
         said = self._wait(lambda: self._store.add(f"{number}/ready", 0) == self._size)
         if not said:
             keys = [f"{number}/{rank}" for rank in range(self._size)]
             everyone = [json.loads(text) for text in self._store.multi_get(keys)]
             said = next((words for _, words in everyone if words), "")
-            said = said or _tried(lambda: last([value for value, _ in everyone]))[1]
+            if not said:
+                value, said = _tried(lambda: last([value for value, _ in everyone]))
             for key in (*keys, f"{number}/ready", f"{number - 1}/done"):  # all have read that
                 self._store.delete_key(key)
-        self._store.set(f"{number}/done", said)
-        return said
+        self._store.set(f"{number}/done", json.dumps([value, said]))
+        return value, said
 
-    def _hear(self) -> str:
+    def _hear(self) -> tuple[Any, str]:
         key = f"{self._number}/done"
-        return self._wait(lambda: self._store.check([key])) or self._store.get(key).decode()
+        lost = self._wait(lambda: self._store.check([key]))
+        return (None, lost) if lost else json.loads(self._store.get(key))
 
     def _wait(self, ready: Callable[[], bool]) -> str:
         """Why it is of no use to wait longer; "" when ``ready``."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lightning_bharat.checkpoints import host_memory
 from lightning_bharat.checkpoints.digest import DIGEST, check_digest, digest_of
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.index import read_json, write_json
@@ -85,19 +86,19 @@ class Manifest:
             versions=_versions(),
         )
 
-    def write(self, folder: Path, digests: Mapping[str, str]) -> None:
+    def write(self, folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
         """Write it to ``folder``, with the sizes and digests of all files that are there, and bring it to disk.
 
         Args:
-            folder: where all files are.
-            digests: of files whose writers know it, by name; others are read.
+            folder: where the files are.
+            known: sizes and digests as in ``files``, of those whose writers know them; others are read.
         """
-        paths = [path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, COMMIT)]
         files = {
-            path.name: {"bytes": path.stat().st_size, DIGEST: digests.get(path.name) or digest_of(path)}
-            for path in paths
+            path.name: {"bytes": path.stat().st_size, DIGEST: digest_of(path)}
+            for path in folder.iterdir()
+            if path.name not in (MANIFEST, COMMIT, *known)
         }
-        write_json(folder / MANIFEST, {**asdict(self), "files": files})
+        write_json(folder / MANIFEST, {**asdict(self), "files": dict(sorted({**files, **known}.items()))})
         write_json(folder / COMMIT, {DIGEST: digest_of(folder / MANIFEST)})
 
     @classmethod
@@ -144,7 +145,7 @@ class Manifest:
         said = self.files.get(path.name)
         if said is None:
             raise CheckpointError(f"{path} is not among the files that {path.parent / MANIFEST} lists")
-        check_digest(path, said[DIGEST])
+        host_memory.check(path, said[DIGEST])
 
     def check_files(self, folder: Path) -> None:
         """Compare the files in ``folder`` with the list.
@@ -159,6 +160,8 @@ class Manifest:
                     f"{path} is a symbolic link, and a checkpoint's files lie in its directory: put the file there"
                 )
             if not path.is_file():
+                if host_memory.is_elsewhere(path):
+                    continue
                 raise CheckpointError(f"{path} is missing: {folder} is an incomplete copy of a checkpoint")
             if (size := path.stat().st_size) != said["bytes"]:
                 raise CheckpointError(

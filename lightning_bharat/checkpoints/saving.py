@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from lightning_bharat.checkpoints import compressed_file, directory, safetensors_file
 from lightning_bharat.checkpoints.compressed_file import Place
-from lightning_bharat.checkpoints.digest import read_back
+from lightning_bharat.checkpoints.digest import DIGEST, read_back
 from lightning_bharat.checkpoints.document import as_plain, state_bytes, take_shares, write_state
 from lightning_bharat.checkpoints.errors import disk_errors, on_all_ranks, on_rank_zero, together
 from lightning_bharat.checkpoints.index import Stored, chunk_key, write_index
@@ -24,14 +24,18 @@ from lightning_bharat.checkpoints.planned import Planned, Planner
 from lightning_bharat.checkpoints.snapshot import HostMemory, Later, Snapshot
 
 T = TypeVar("T")
+U = TypeVar("U")
 Compression: TypeAlias = Literal["zstd"]
 
 
 class Ranks(Protocol):
     """How ranks come to know of one another that they are ready."""
 
-    def finish(self, own: Callable[[], T], last: Callable[[list[T]], None]) -> None:
+    def finish(self, own: Callable[[], T], last: Callable[[list[T]], U]) -> U:
         """Run ``own`` on every rank, then ``last`` on rank 0, with what ``own`` returned (plain data) on all.
+
+        Returns:
+            What ``last`` returned (plain data), on every rank.
 
         Raises:
             CheckpointError: on every rank with the same words, where one of them failed.
@@ -41,9 +45,9 @@ class Ranks(Protocol):
 class InGroup:
     """By the process group: all ranks wait in it."""
 
-    def finish(self, own: Callable[[], T], last: Callable[[list[T]], None]) -> None:
+    def finish(self, own: Callable[[], T], last: Callable[[list[T]], U]) -> U:
         everyone = on_all_ranks(together(own))
-        on_rank_zero(lambda: last(everyone))
+        return on_rank_zero(lambda: last(everyone))
 
 
 class Saver:
@@ -148,19 +152,30 @@ class Saving:
             digest, places = compressed_file.write(self.staging / name, entries)
         if self.read_back:
             read_back(self.staging / name, digest)
-        return {"file": name, "digest": digest, "places": {key: (p.begin, p.pieces) for key, p in places.items()}}
+        return {
+            "file": name,
+            "bytes": (self.staging / name).stat().st_size,
+            DIGEST: digest,
+            "places": {key: (p.begin, p.pieces) for key, p in places.items()},
+        }
 
     def _named(self, file: str) -> str:
         return file if self.compression is None else str(Path(file).with_suffix(compressed_file.SUFFIX))
 
     def _commit(self, written: list[dict[str, Any]]) -> None:
+        self._complete(written)
+        directory.commit(self.staging, self.path)
+
+    def _complete(self, written: list[dict[str, Any]]) -> None:
+        """Write what is not of one rank."""
         planned = self.planned
         assert planned.metadata is not None
-        done = {own["file"]: own for own in written if own}
+        done = {own["file"]: own for own in written if "file" in own}
         write_index(self.staging, planned.metadata, dict(self._stored(planned.metadata, done)))
         write_state(self.staging, self.state)
-        self.manifest.write(self.staging, {name: own["digest"] for name, own in done.items()})
-        directory.commit(self.staging, self.path)
+        self.manifest.write(
+            self.staging, {name: {"bytes": own["bytes"], DIGEST: own[DIGEST]} for name, own in done.items()}
+        )
 
     def _stored(self, metadata: Metadata, done: Mapping[str, Any]) -> Iterator[tuple[MetadataIndex, Stored]]:
         """Where each rectangle is."""

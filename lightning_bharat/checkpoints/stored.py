@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from lightning_bharat.checkpoints import host_memory
 from lightning_bharat.checkpoints.dcp import load_shares
 from lightning_bharat.checkpoints.document import STATE, put_back, read_state
 from lightning_bharat.checkpoints.errors import CheckpointError
@@ -85,6 +86,7 @@ class Checkpoint:
             CheckpointError: it is damaged.
         """
         if path not in self._checked:
+            host_memory.fetch(path)
             self.manifest.check_file(path)
             self._checked.add(path)
 

@@ -25,8 +25,10 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from lightning_bharat.checkpoints.host_memory import VARIABLE
 from lightning_bharat.cluster.bad_nodes import BadNodes
 from lightning_bharat.cluster.failure import Failure, of_ends
+from lightning_bharat.cluster.host_memory import LaunchMemory, reachable_address
 from lightning_bharat.cluster.hosts import Hosts
 from lightning_bharat.cluster.rank_script import Script
 from lightning_bharat.cluster.record import Record
@@ -50,6 +52,7 @@ class WarmAgent(LocalElasticAgent):
         limits: after which a rank is taken for lost.
         record: of the run's events.
         logs_specs, prefix, shutdown_timeout: as torchrun's options.
+        memory: of this host, for checkpoints.
         fewest: hosts with which the run goes on.
 
     Attributes:
@@ -66,6 +69,7 @@ class WarmAgent(LocalElasticAgent):
         limits: Limits,
         record: Record,
         logs_specs: LogsSpecs,
+        memory: LaunchMemory,
         prefix: str | None = None,
         shutdown_timeout: int = 30,
         fewest: int = 1,
@@ -73,6 +77,7 @@ class WarmAgent(LocalElasticAgent):
         super().__init__(spec, logs_specs, shutdown_timeout=shutdown_timeout)
         self._logs, self._prefix, self._last_words = logs_specs, prefix or "", shutdown_timeout
         self._bench, self._script, self._limits, self._record = bench, script, limits, record
+        self._memory, self._variables = memory, dict[str, str]()
         self._policy = RestartPolicy(spec.max_restarts)
         self._look_for = spec.monitor_interval
         spec.monitor_interval = 0  # its loop sleeps so long between two looks; ours end as soon as a rank does
@@ -114,10 +119,13 @@ class WarmAgent(LocalElasticAgent):
             self._server = None
         group.master_addr, group.master_port = address, port
         self._hosts = Hosts(address, port, here, group.group_world_size)
+        attempt, own = dist.PrefixStore(f"bharat/{self._attempt}", store), group.spec.local_addr
+        own = own or reachable_address(address, port)
+        self._variables = {VARIABLE: self._memory.meet(attempt, here, group.group_world_size, own).to_json()}
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         workers = worker_group.workers
-        envs = {worker.local_rank: variables(worker_group, worker, self._attempt) for worker in workers}
+        envs = {w.local_rank: variables(worker_group, w, self._attempt) | self._variables for w in workers}
         numbers = {worker.local_rank: worker.global_rank for worker in workers}
         prefixes = {worker.local_rank: named(self._prefix, worker_group, worker) for worker in workers}
         self._record.note(

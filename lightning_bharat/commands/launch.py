@@ -21,6 +21,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from lightning_bharat.cluster.agent import WarmAgent
 from lightning_bharat.cluster.bad_nodes import BadNodes
+from lightning_bharat.cluster.host_memory import LaunchMemory
 from lightning_bharat.cluster.one_host import OneHost
 from lightning_bharat.cluster.rank_script import Script
 from lightning_bharat.cluster.record import Record
@@ -81,11 +82,21 @@ def main(words: Sequence[str]) -> int:
         return 1
     bench = Bench(WarmServer((*PRELOAD, *filter(None, options.preload.split(",")))))
     bench.warm_up()
+    memory = LaunchMemory([str(record.place), script.name, *script.arguments])
+    code = 1
     try:
-        return _run(config, script, limits, record, bench)
+        code = _run(config, script, limits, record, bench, memory)
+        return code
     finally:
         record.settle(Path.cwd())
         bench.clear()
+        _let_go(memory, keep=code == 1)
+
+
+def _let_go(memory: LaunchMemory, keep: bool) -> None:
+    if kept := memory.close(keep):
+        where = f"the newest step stays in memory, in {kept}"
+        print(f"bharat launch: {where}: the same command goes on from it", file=sys.stderr)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -159,13 +170,15 @@ def _meeting(config: LaunchConfig) -> RendezvousHandler:
     )
 
 
-def _run(config: LaunchConfig, script: Script, limits: Limits, record: Record, bench: Bench) -> int:
+def _run(
+    config: LaunchConfig, script: Script, limits: Limits, record: Record, bench: Bench, memory: LaunchMemory
+) -> int:
     """With an agent, until the end."""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     handler = None
     try:
         handler = _meeting(config)
-        agent = _agent(config, handler, script, limits, record, bench)
+        agent = _agent(config, handler, script, limits, record, bench, memory)
         result = agent.run()
     except SignalException as error:  # the job may go on without this host: the rendezvous stays open
         record.note("end", ok=False, words=f"the launcher got {error.sigval.name}")
@@ -186,7 +199,13 @@ def _run(config: LaunchConfig, script: Script, limits: Limits, record: Record, b
 
 
 def _agent(
-    config: LaunchConfig, handler: RendezvousHandler, script: Script, limits: Limits, record: Record, bench: Bench
+    config: LaunchConfig,
+    handler: RendezvousHandler,
+    script: Script,
+    limits: Limits,
+    record: Record,
+    bench: Bench,
+    memory: LaunchMemory,
 ) -> WarmAgent:
     spec = WorkerSpec(
         role=config.role,
@@ -201,7 +220,7 @@ def _agent(
     assert config.logs_specs is not None and config.shutdown_timeout is not None
     prefix = config.log_line_prefix_template
     logs, patience = config.logs_specs, config.shutdown_timeout
-    return WarmAgent(spec, bench, script, limits, record, logs, prefix, patience, fewest=config.min_nodes)
+    return WarmAgent(spec, bench, script, limits, record, logs, memory, prefix, patience, fewest=config.min_nodes)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_bharat.checkpoints import host_memory
 from lightning_bharat.checkpoints.background import Background, InStore
+from lightning_bharat.checkpoints.host_saving import HostSaving
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.saving import Saver, Saving
 from lightning_bharat.strategies._torch import default_store
@@ -64,7 +66,10 @@ class BackgroundSaves:
     @contextmanager
     def put_off(self) -> Iterator[None]:
         """In here a save returns when what may change has been copied to host memory; ``writer`` does the rest. What
-        optimizers step on is copied beside the next forward and backward pass, and the step waits for it."""
+        optimizers step on is copied beside the next forward and backward pass, and the step waits for it.
+
+        A save to the folder of ``host_memory.hosts()`` goes to that of each host.
+        """
         self._puts_off = True
         try:
             yield
@@ -88,6 +93,9 @@ class BackgroundSaves:
         self.last = self.saver.begin(
             path, checkpoint, manifest, copy=True, later=lambda part: steady.get(part.untyped_storage().data_ptr())
         )
+        hosts = host_memory.hosts()
+        if hosts is not None and str(path.parent) in hosts.folders:
+            self.last = HostSaving.of(self.last, hosts)
         self.writer.do(lambda saving=self.last: self._write(saving, ranks))  # type: ignore[misc]
 
     def _write(self, saving: Saving, ranks: InStore) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
-from lightning_bharat.checkpoints import directory, optimizers, plain, stored, weights
+from lightning_bharat.checkpoints import directory, host_memory, optimizers, plain, stored, weights
 from lightning_bharat.checkpoints.document import as_plain
 from lightning_bharat.checkpoints.errors import CheckpointError, on_rank_zero, together
 from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
@@ -150,7 +150,7 @@ class ShardedCheckpoints(_Base):
         if weights_only is False:
             raise CheckpointError("weights_only=False runs code from the checkpoint; leave it out")
         self.saves.writer.wait()
-        path = directory.local_path(self.broadcast(checkpoint_path))
+        path = host_memory.here(directory.local_path(self.broadcast(checkpoint_path)))
         checkpoint = together(lambda: content_of(path))
         take_position(checkpoint, self.layout, self.global_rank)
         return checkpoint

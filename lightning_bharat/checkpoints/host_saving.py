@@ -1,0 +1,87 @@
+"""A save to the memory of hosts: each host writes the files of its ranks and fetches those of the host before it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_bharat.checkpoints import directory
+from lightning_bharat.checkpoints.document import STATE
+from lightning_bharat.checkpoints.errors import disk_errors
+from lightning_bharat.checkpoints.host_memory import Hosts, here
+from lightning_bharat.checkpoints.index import INDEX
+from lightning_bharat.checkpoints.manifest import COMMIT, MANIFEST, Manifest
+from lightning_bharat.checkpoints.saving import Ranks, Saving
+
+SMALL = (STATE, INDEX, MANIFEST, COMMIT)  # what every host has
+
+
+@dataclass(frozen=True)
+class HostSaving(Saving):
+    """A save that has begun, as :class:`Saving`; what is older goes from all hosts when all of them have it.
+
+    Attributes:
+        hosts: of this attempt.
+    """
+
+    hosts: Hosts = field(default_factory=Hosts)
+
+    @classmethod
+    def of(cls, saving: Saving, hosts: Hosts) -> HostSaving:
+        """``saving`` under the names that this host has for its folder."""
+        places = {"path": here(saving.path), "staging": here(saving.staging)}
+        return cls(**{**vars(saving), **places, "hosts": hosts})
+
+    def write(self, ranks: Ranks) -> None:
+        try:
+            with disk_errors():
+                owners = ranks.finish(self._write_here, self._describe)
+                ranks.finish(lambda: self._fetch_all(owners), lambda _: None)
+                ranks.finish(self._name, lambda _: None)  # nobody fetches from the hidden directory any more
+        except BaseException:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise
+        if _is_first_here():
+            forget_others(self.path, self.path.parent)
+
+    def _write_here(self) -> dict[str, Any]:
+        self.staging.mkdir(parents=True, exist_ok=True)
+        return {**self._write_own(), "host": self.hosts.here}
+
+    def _describe(self, written: list[dict[str, Any]]) -> dict[str, int]:
+        """Whose each file is."""
+        self._complete(written)
+        return {own["file"]: own["host"] for own in written if "file" in own}
+
+    def _fetch_all(self, owners: dict[str, int]) -> None:
+        """What this host has to have beside its own files."""
+        if not _is_first_here():
+            return
+        for name in SMALL if self.hosts.here else ():
+            self._fetch(0, name)
+        manifest = Manifest.alone(self.staging)
+        before = self.hosts.before
+        for name in (name for name, owner in owners.items() if owner == before != self.hosts.here):
+            self._fetch(before, name)
+            manifest.check_file(self.staging / name)
+
+    def _name(self) -> None:
+        if _is_first_here():
+            directory.commit(self.staging, self.path)
+
+    def _fetch(self, host: int, name: str) -> None:
+        self.hosts.fetch(host, self.staging.name, name, self.staging / name)
+
+
+def forget_others(kept: Path | None, folder: Path) -> None:
+    """Remove all checkpoints in ``folder`` but ``kept``."""
+    for other in folder.glob("*.ckpt"):
+        if other != kept:
+            directory.remove(other)
+
+
+def _is_first_here() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
