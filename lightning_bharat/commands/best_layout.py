@@ -136,7 +136,8 @@ def find(wish: Wish, machines: tuple[int, int, str], rows: int | None, staged: b
 
 
 def _batch_size(loaders: Any) -> int:
-    sizes = [getattr(loader, "batch_size", None) for loader in tree_leaves(loaders)]
+    of_rows = [loader for loader in tree_leaves(loaders) if getattr(loader, "unit", "rows") == "rows"]
+    sizes = [getattr(loader, "batch_size", None) for loader in of_rows]
     if not sizes or not isinstance(sizes[0], int):
         raise LayoutError(
             "--layout auto must know the rows of a step, and the training data have no batch_size that could be set "

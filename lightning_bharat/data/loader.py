@@ -9,14 +9,16 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bharat.data.errors import DataError
-from lightning_bharat.data.order import OrderedBatches, refuse_too_few
+from lightning_bharat.data.shared_batches import SharedBatches
 
 # What must be equal for a position to mean the same sample, and what to say when it is not.
 SAME_ORDER = {
+    "sharding": "samples were shared in another way",
     "data": "these are other data",
     "samples": "the number of samples differs",
     "seed": "the order was drawn with another seed",
     "shuffle": "one is shuffled and the other is not",
+    "sizes": "the lengths of samples, or the samples of files, differ",
 }
 
 
@@ -37,10 +39,11 @@ class OrderedLoader:
     ``DistributedSampler`` of its own (and, to overfit, a ``SequentialSampler``), and both would lose the order.
 
     Args:
-        dataset: gives a whole batch for a list of sample numbers by ``__getitems__``.
+        dataset: gives a whole batch for a list of sample numbers by ``__getitems__``, or samples for ``collate_fn``.
         batches: the order and this rank's share.
         num_workers: worker processes; 0 reads in this process.
         pin_memory: as in ``DataLoader``.
+        collate_fn: makes a batch of a list of samples, where the dataset does not.
         data: name of the data's content; a state of other data is refused.
         finished_batches: how many batches of this epoch the training loop has finished, where it knows better than the
             loader (a batch handed out and not finished was not consumed).
@@ -48,22 +51,28 @@ class OrderedLoader:
             done, in today's batches over all ranks: what the training loop's count must say to end with the last one.
         batches_of_epoch: where the training loop ends an epoch, if before the last batch (``limit_train_batches``).
 
-    Attributes:
-        dataloader: reads the batches, with its own settings of workers; a change counts from the next epoch on.
+    Raises:
+        DataError: ``batches`` share another number of samples than ``dataset`` has.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        batches: OrderedBatches,
+        batches: SharedBatches,
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
+        collate_fn: Callable[[Any], Any] = unchanged,
         data: str = "",
         finished_batches: Callable[[], int] | None = None,
         on_resume: Callable[[int], None] | None = None,
         batches_of_epoch: Callable[[], float] = lambda: inf,
     ) -> None:
+        if hasattr(dataset, "__len__") and len(dataset) != batches.length:
+            raise DataError(
+                f"the dataset has {len(dataset)} samples, and {type(batches).__name__} shares {batches.length}; give "
+                "it one length for each sample (or, by file, all samples of each file)"
+            )
         self.dataset = dataset
         self.batch_sampler = _Announced(batches, self._before_epoch)
         self._batches = batches
@@ -76,13 +85,18 @@ class OrderedLoader:
         self._handed = 0
         self._begun = False
         self.dataloader: DataLoader = DataLoader(
-            dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=unchanged
+            dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate_fn
         )
 
     @property
     def batch_size(self) -> int:
-        """Samples in a batch."""
+        """Of a data rank in a step, in :attr:`unit`."""
         return self._batches.batch_size
+
+    @property
+    def unit(self) -> str:
+        """What :attr:`batch_size` counts: ``"rows"``, or ``"tokens"`` with padding."""
+        return self._batches.unit
 
     def resize(self, batch_size: int) -> None:
         """Go on with batches of another size, from the same position.
@@ -90,10 +104,10 @@ class OrderedLoader:
         Raises:
             DataError: fewer samples than one step takes.
         """
-        self._batches.batch_size = self.batch_sampler.batch_size = batch_size
-        refuse_too_few(self._batches.steps())
+        self._batches.resize(batch_size)
+        self.batch_sampler.batch_size = batch_size
         if self._resumed_at is not None:
-            self._resumed_at = len(self) - len(self._batches.steps(self._batches.position))
+            self._resumed_at = len(self) - self._batches.left()
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -102,7 +116,7 @@ class OrderedLoader:
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing is fixed before the first batch is asked for, so that a state or an epoch may still come
         # after Lightning made its iterator.
-        if self._begun or not len(self._batches.steps(self._batches.position)):
+        if self._begun or not self._batches.left():
             self._batches.go_to(self._batches.epoch + 1)
         self._begun, self._handed = True, 0
         for batch in self.dataloader:
@@ -126,21 +140,12 @@ class OrderedLoader:
         """Batches handed out by this iteration and finished."""
         if self._finished_batches is None:
             return self._handed
-        before = len(self) - len(self._batches.steps(self._batches.position))
+        before = len(self) - self._batches.left()
         return min(self._handed, max(0, self._finished_batches() - before))
 
     def state_dict(self) -> dict[str, Any]:
         """The position: plain numbers and words, equal on all ranks."""
-        order, batches = self._batches.order, self._batches
-        position = batches.steps(batches.position).end(self._consumed() - 1)
-        return {
-            "epoch": batches.epoch,
-            "position": position,
-            "samples": order.length,
-            "seed": order.seed,
-            "shuffle": order.shuffle,
-            "data": self._data,
-        }
+        return {**self._batches.state_dict(self._consumed()), "data": self._data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, which a run on any number of data ranks and any batch size has left.
@@ -148,24 +153,23 @@ class OrderedLoader:
         Raises:
             DataError: the state belongs to other data or another order, or what is left cannot be shared by the ranks.
         """
-        mine = self.state_dict()
+        mine, its = self.state_dict(), {"sharding": "rank", **state}
         for key, words in SAME_ORDER.items():
-            if state.get(key) != mine[key]:
+            if its.get(key) != mine.get(key):
                 raise DataError(
-                    f"the position in the checkpoint cannot be kept: {words} ({key} was {state.get(key)!r} and is "
-                    f"{mine[key]!r}). Use the prepared data and arguments of that run, or begin at the first sample "
-                    "by loading its weights alone"
+                    f"the position in the checkpoint cannot be kept: {words} ({key} was {its.get(key)!r} and is "
+                    f"{mine.get(key)!r}). Use the prepared data and arguments of that run, or begin at the first "
+                    "sample by loading its weights alone"
                 )
-        left = self._batches.steps(state["position"])
-        self._batches.go_to(state["epoch"], state["position"])
-        self._resumed_at = len(self) - len(left)
+        self._batches.load_state_dict(state)
+        self._resumed_at = len(self) - self._batches.left()
         self._begun, self._handed = False, 0
 
 
 class _Announced:
     """The batches' sizes, and the place where Lightning announces an epoch: ``batch_sampler.sampler.set_epoch``."""
 
-    def __init__(self, batches: OrderedBatches, set_epoch: Callable[[int], None]) -> None:
+    def __init__(self, batches: SharedBatches, set_epoch: Callable[[int], None]) -> None:
         self.batch_size = batches.batch_size
         self.drop_last = batches.drop_last
         self.sampler = self

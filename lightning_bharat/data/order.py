@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from lightning_bharat.data.errors import DataError
+from lightning_bharat.data.shared_batches import SharedBatches
 
 ROUNDS = 8
 
@@ -32,7 +33,11 @@ class GlobalOrder:
 
     def __call__(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Which samples stand at the positions ``start`` … ``stop - 1`` of an epoch: int64, shape (stop - start,)."""
-        places = np.arange(start, stop, dtype=np.uint64)
+        return self.at(epoch, np.arange(start, stop))
+
+    def at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Which samples stand at these positions: int64, of the same shape (n,)."""
+        places = positions.astype(np.uint64)
         if not self.shuffle:
             return places.astype(np.int64)
         keys = _round_keys(self.seed, epoch)
@@ -49,7 +54,7 @@ class GlobalOrder:
         return (left << self._half_bits) | right
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # a file has keys of its own
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     # SeedSequence's algorithm is fixed by NumPy's compatibility policy; its generators' streams are not.
     return np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
@@ -120,11 +125,8 @@ class Steps:
         return begin, begin + even + (rank < more)
 
 
-class OrderedBatches(Sampler[list[int]]):
-    """Batches of sample numbers for one data rank, from any position of any epoch on.
-
-    The position is counted in samples of the *global* order, so it means the same on every number of data ranks. It
-    moves only by :meth:`go_to`: worker processes fetch ahead, and what was fetched was not yet trained on.
+class OrderedBatches(SharedBatches):
+    """By rank: a step is a piece of the shuffled order, and each data rank has its part of it.
 
     Args:
         length: number of samples.
@@ -150,38 +152,34 @@ class OrderedBatches(Sampler[list[int]]):
         shuffle: bool = True,
         drop_last: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise DataError(f"batch_size={batch_size}: write a whole number from 1 up")
-        if not 0 <= rank < num_replicas:
-            raise DataError(f"rank={rank} is not one of the {num_replicas} data ranks 0 … {num_replicas - 1}")
-        self.batch_size = batch_size
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.drop_last = drop_last
         self.order = GlobalOrder(length, seed, shuffle)
-        self.epoch = 0
-        self.position = 0
-        refuse_too_few(self.steps())
+        super().__init__(length, batch_size, num_replicas, rank, drop_last)
 
-    @property
-    def length(self) -> int:
-        """Number of samples."""
-        return self.order.length
+    def resize(self, batch_size: int) -> None:
+        super().resize(batch_size)
+        refuse_too_few(self._steps(0))
 
-    def steps(self, start: int = 0) -> Steps:
-        """The steps of an epoch from the position ``start`` on."""
+    def _steps(self, start: int) -> Steps:
         return Steps(self.length, self.batch_size, self.num_replicas, self.drop_last, start)
 
-    def go_to(self, epoch: int, position: int = 0) -> None:
-        """Where the next iteration begins."""
-        self.epoch, self.position = epoch, position
+    def left(self) -> int:
+        return len(self._steps(self.position))
+
+    def state_dict(self, done: int = 0) -> dict[str, Any]:
+        position = self._steps(self.position).end(done - 1)
+        of_order = {"samples": self.length, "seed": self.order.seed, "shuffle": self.order.shuffle}
+        return {"epoch": self.epoch, "position": position, **of_order, "sharding": "rank"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps(state["position"])
+        self.go_to(state["epoch"], state["position"])
 
     def __len__(self) -> int:
         """Steps of a whole epoch, the same on every data rank."""
-        return len(self.steps())
+        return len(self._steps(0))
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, steps = self.epoch, self.steps(self.position)
+        epoch, steps = self.epoch, self._steps(self.position)
         for step in range(len(steps)):
             yield self.order(epoch, *steps.share(step, self.rank)).tolist()
 

@@ -69,6 +69,30 @@ class TokenStream:
             start, number = min(stop, behind), number + 1
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
+    def documents(self) -> np.ndarray:
+        """Where each document begins, and the last ends: int64, one more than documents.
+
+        Raises:
+            DataError: a chunk's header is damaged.
+        """
+        borders = [np.zeros(1, dtype=np.int64)]
+        for start, (file, header, tokens) in zip(self._starts, self._files, strict=False):
+            said = np.fromfile(file, dtype=np.uint32, count=header // 4).astype(np.int64)
+            places, rest = np.divmod(said[1:] - header, self._dtype.itemsize)
+            if (
+                said[0] != len(places) - 1
+                or rest.any()
+                or (np.diff(places) < 0).any()
+                or [*places[[0, -1]]] != [0, tokens]
+            ):
+                raise _damaged(file, "its header does not say where documents begin")
+            borders.append(start + places[1:])
+        return np.concatenate(borders)
+
+    def files(self) -> np.ndarray:
+        """Tokens of each file."""
+        return np.diff(self._starts)
+
     def _map(self, number: int) -> np.memmap:
         if number not in self._maps:
             file, header, tokens = self._files[number]
@@ -97,6 +121,11 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return max(0, len(self.stream) - 1) // self.length
+
+    def files(self) -> np.ndarray:
+        """Windows that begin in each file; a file's last one may read a few tokens of the next."""
+        begun = -(-np.cumsum(self.stream.files()) // self.length)
+        return np.diff(np.minimum(begun, len(self)), prepend=0)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}

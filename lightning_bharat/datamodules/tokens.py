@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 
 from lightning_bharat.data.errors import DataError
 from lightning_bharat.data.loader import OrderedLoader
-from lightning_bharat.data.order import OrderedBatches
 from lightning_bharat.data.pack import prepare
 from lightning_bharat.data.prepared import MANIFEST, Prepared
+from lightning_bharat.data.sharding import Sharding, refuse_sharding, token_batches, token_data
 from lightning_bharat.data.tokenizer import Encoder, load_tokenizer
-from lightning_bharat.data.windows import TokenWindows
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -24,7 +23,7 @@ class TokenDataModule(L.LightningDataModule):
 
     A batch is ``{"input_ids": (B, T), "labels": (B, T)}``, int64; ``labels[t]`` is the token behind ``input_ids[t]``
     (shifted already), so a loss is ``cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())``. Documents are
-    packed one behind another with an end-of-text token between them.
+    packed one behind another with an end-of-text token between them, or come one by one, padded (``sharding``).
 
     **Layouts.** The order of all sequences depends on the seed and the epoch alone. At each step the data ranks'
     batches, one behind another, are the batch that one process with the whole batch size gets; ranks that share a data
@@ -56,6 +55,13 @@ class TokenDataModule(L.LightningDataModule):
         shuffle: another order in each epoch.
         drop_last: see above; in training only.
         seed: of the order and of the split.
+        sharding: how data ranks share the training data. ``"rank"``: each has its part of every step. ``"file"``: each
+            reads files of its own (:class:`~lightning_bharat.data.FileBatches`). ``"length"``: documents one by one, in
+            steps of like length (:class:`~lightning_bharat.data.LengthBatches`). ``"tokens"``: the same, as many as fit
+            in ``max_tokens`` (:class:`~lightning_bharat.data.TokenBatches`). Documents longer than ``sequence_length``
+            are cut; where a batch is padded, inputs are end-of-text tokens and labels -100. Evaluation reads such
+            documents or sequences in the order in which they are stored.
+        max_tokens: with ``sharding="tokens"``, in place of ``batch_size``: rows × T of each data rank's batch at most.
         num_workers: processes that read ahead; 0 reads between steps, which takes microseconds a sequence.
         check: compare every prepared file with its digest before training.
 
@@ -85,10 +91,13 @@ class TokenDataModule(L.LightningDataModule):
         shuffle: bool = True,
         drop_last: bool = True,
         seed: int = 0,
+        sharding: Sharding = "rank",
+        max_tokens: int | None = None,
         num_workers: int = 0,
         check: bool = True,
     ) -> None:
         super().__init__()
+        refuse_sharding(sharding, max_tokens)
         self.folder = os.fspath(folder)
         self.texts = texts
         self.sequence_length = sequence_length
@@ -97,6 +106,8 @@ class TokenDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
+        self.sharding = sharding
+        self.max_tokens = max_tokens
         self.num_workers = num_workers
         self.check = check
         self._preparation: dict[str, Any] = {
@@ -198,27 +209,28 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(split, self.eval_batch_size or self.batch_size, shuffle=False, drop_last=False)
 
     def _loader(self, split: str, batch_size: int, *, shuffle: bool, drop_last: bool) -> OrderedLoader:
-        windows = TokenWindows(self.prepared.stream(split), self.sequence_length)
+        data = token_data(self.prepared, split, self.sequence_length, self.sharding)
         training = split == "train" and self.trainer is not None
+        sharding = self.sharding if split == "train" else "rank"
         try:
-            batches = OrderedBatches(
-                len(windows), batch_size, **self._coordinate(), seed=self.seed, shuffle=shuffle, drop_last=drop_last
-            )
+            order = {**self._coordinate(), "seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
+            batches = token_batches(data, sharding, batch_size, self.max_tokens, **order)
         except DataError as error:
             tokens = self.prepared.splits[split].tokens
             raise DataError(
-                f"{split} data of {tokens} tokens are {len(windows)} sequences of "
+                f"{split} data of {tokens} tokens are {len(data)} sequences of "
                 f"sequence_length={self.sequence_length}: {error}"
             ) from error
+        later: dict[str, Any] = {"batches_of_epoch": self._batches_of_epoch} if training else {}
         return OrderedLoader(
-            windows,
+            data,
             batches,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             data=f"{self.prepared.digest(split)}, sequence_length={self.sequence_length}",
             finished_batches=self._finished_batches if training else None,
             on_resume=self._set_finished_batches if training else None,
-            **({"batches_of_epoch": self._batches_of_epoch} if training else {}),
+            **later,
         )
 
     def _coordinate(self) -> dict[str, int]:

@@ -104,7 +104,8 @@ class KeepsBatch(_Base):
             size = self._former[number].on(data, given)
         if size != _size(loader):
             _resize(loader, size)
-            rank_zero_info(f"batch_size={given}: {size} rows on each of {data} data ranks keep the global batch.")
+            unit = getattr(loader, "unit", "rows")
+            rank_zero_info(f"batch_size={given}: {size} {unit} on each of {data} data ranks keep the global batch.")
         assert self.lightning_module is not None
         loop: Any = self.lightning_module.trainer.fit_loop
         placed.begin_epoch(loader, loop.epoch_progress.current.processed)
@@ -116,6 +117,10 @@ class KeepsBatch(_Base):
     def batches(self) -> list[dict[str, Any]]:
         """Of the training loaders, for a checkpoint."""
         return [asdict(batches) for _, batches in self._loaders]
+
+    def batches_in_tokens(self) -> bool:
+        """Whether a training loader's batches are of so many tokens, in any number of rows."""
+        return any(getattr(loader, "unit", "rows") == "tokens" for loader, _ in self._loaders)
 
     def batches_refused(self, layout: Layout) -> str:
         """Why the order of the data or the global batch can't be kept by a change to ``layout``; "" if it can."""

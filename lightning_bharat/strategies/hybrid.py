@@ -262,7 +262,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
     def _samples(self) -> int | None:
         """That all data ranks have trained on, since the first step and with the batches of now."""
         sizes = [batches["size"] for batches in self.batches()]
-        if len(sizes) != 1 or sizes[0] is None:
+        if len(sizes) != 1 or sizes[0] is None or self.batches_in_tokens():
             return None
         return _lightning.trained_batches(self._module().trainer) * sizes[0] * self.layout.data
 

@@ -15,13 +15,18 @@ from tests.data.texts import write_corpus
 SEQUENCE = 32
 
 
-def data(folder: Path, batch_size: int = 8, **options: Any) -> TokenDataModule:
+def data(folder: Path, batch_size: int = 8, sequence_length: int = SEQUENCE, **options: Any) -> TokenDataModule:
     """The corpus of the tests, prepared in ``folder``: about 20 steps of 8 sequences."""
     corpus = folder / "texts.jsonl"
     if not corpus.exists():
         write_corpus(corpus, count=90)
     return TokenDataModule(
-        folder / "prepared", str(corpus), vocab_size=400, sequence_length=SEQUENCE, batch_size=batch_size, **options
+        folder / "prepared",
+        str(corpus),
+        vocab_size=400,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        **options,
     )
 
 
