@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 from lightning_bharat.datamodules import TokenDataModule
+from lightning_bharat.strategies.accumulated import GradientError
+from tests import modules
 from tests.data.texts import write_corpus
 from tests.ranks import run_ranks
 
@@ -233,3 +235,39 @@ def test_in_the_middle_of_a_window_on_another_number_of_data_ranks(folder: Path)
         for (step, row), (same_step, expected) in zip(resumed, whole["logged"][-len(resumed) :], strict=True):
             row = {name: value for name, value in row.items() if name not in ("mean", "own")}  # of other ranks
             assert step == same_step and row == pytest.approx({name: expected[name] for name in row}, rel=1e-4)
+
+
+WITHOUT_GRADIENTS: dict[str, dict[str, Any]] = {
+    "stages of a pipeline have others": {"pipeline_parallel_size": 2},
+    "token_weighted=True weighs them with the next ones": {"token_weighted": True},
+    "a plain .ckpt has none": {"save_distributed_checkpoint": False},
+}
+
+
+class SaveInWindow(L.Callback):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        if index == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def saved_in_window_and_resumed(folder: str) -> list[str]:
+    """What is said to each of :data:`WITHOUT_GRADIENTS`."""
+    said = []
+    for number, strategy in enumerate(WITHOUT_GRADIENTS.values()):
+        path = f"{folder}/{number}.ckpt"
+        modules.fit("gpt", strategy, 2, accumulate_grad_batches=2, callbacks=[SaveInWindow(path)])
+        with pytest.raises(GradientError) as refused:
+            modules.fit("gpt", strategy, 4, ckpt=path, accumulate_grad_batches=2)
+        said.append(str(refused.value))
+    return said
+
+
+def test_in_the_middle_of_a_window_without_its_gradients(tmp_path: Path) -> None:
+    for said in run_ranks(saved_in_window_and_resumed, 2, str(tmp_path)):
+        for why, words in zip(WITHOUT_GRADIENTS, said, strict=True):
+            assert words.endswith(
+                f"without its gradients: {why}. Go on from one that was written after an optimizer step"
+            )
