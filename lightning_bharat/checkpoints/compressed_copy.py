@@ -8,12 +8,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from lightning_bharat.checkpoints import compressed_file
+from lightning_bharat.checkpoints.digest import DIGEST
 from lightning_bharat.checkpoints.directory import sync
 from lightning_bharat.checkpoints.document import STATE
 from lightning_bharat.checkpoints.index import Stored, chunk_key, write_index
@@ -46,7 +47,7 @@ def write_compressed(checkpoint: Path, folder: Path) -> None:
         CheckpointError: the checkpoint is damaged.
     """
     found = Checkpoint(checkpoint)
-    digests: dict[str, str] = {}
+    written: dict[str, dict[str, Any]] = {}
     places: dict[MetadataIndex, Stored] = {}
     for file, chunks in _by_file(found.index).items():
         found.check(checkpoint / file)
@@ -60,12 +61,13 @@ def write_compressed(checkpoint: Path, folder: Path) -> None:
                 Entry(one.key, one.tensor.properties.dtype, tuple(one.chunk.sizes), partial(source.get_tensor, one.key))
                 for one in chunks
             ]
-            digests[target.name], put = compressed_file.write(target, entries)
+            digest, put = compressed_file.write(target, entries)
+        written[target.name] = {"bytes": target.stat().st_size, DIGEST: digest}
         places |= {one.index: Stored(target.name, put[one.key]) for one in chunks}
     write_index(folder, found.index, places)
     found.check(checkpoint / STATE)
     _copy(checkpoint / STATE, folder)
-    found.manifest.write(folder, digests)
+    found.manifest.write(folder, written)
 
 
 def _by_file(index: Metadata) -> dict[str, list[_Chunk]]:

@@ -54,7 +54,7 @@ class HostSaving(Saving):
     def _describe(self, written: list[dict[str, Any]]) -> dict[str, int]:
         """Whose each file is."""
         self._complete(written)
-        return {own["file"]: own["host"] for own in written if "file" in own}
+        return {name: own["host"] for own in written for name in own["files"]}
 
     def _fetch_all(self, owners: dict[str, int]) -> None:
         """What this host has to have beside its own files."""

@@ -118,7 +118,9 @@ def _entry(item: WriteItem, share: Share) -> Entry:
     data = item.tensor_data
     assert data is not None
     key = chunk_key(item.index.fqn, data.size, data.chunk)
-    return Entry(key, data.properties.dtype, tuple(data.chunk.sizes), partial(share.at, item.index.offset))
+    return Entry(
+        key, data.properties.dtype, tuple(data.chunk.sizes), partial(share.at, item.index.offset), share.frozen
+    )
 
 
 def _nbytes(item: WriteItem) -> int:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,14 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its key in the file, type and shape now, its values when its turn comes."""
+    """A tensor to be written: its key in the file, type and shape now, its values when its turn comes; whether it is
+    expected to stay as it is."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    frozen: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +76,30 @@ def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None 
     Raises:
         CheckpointError: a type that the format lacks, or a tensor that isn't of the shape it was announced with.
     """
+    digest = new_digest()
+    with path.open("wb") as file:
+        for part in _parts(entries, metadata):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def digest(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> str:
+    """Of the file that :func:`write` would write.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    found = new_digest()
+    for part in _parts(entries, metadata):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(entries: Sequence[Entry], metadata: dict[str, str] | None) -> Iterator[Any]:
+    """The bytes of a file, one after another."""
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))  # keeps every tensor aligned
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -84,14 +109,8 @@ def write(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None 
         header[entry.key] = {"dtype": name, "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = new_digest()
-    with path.open("wb") as file:
-        for part in chain([len(text).to_bytes(8, "little") + text], map(as_bytes, entries)):
-            digest.update(part)
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    yield len(text).to_bytes(8, "little") + text
+    yield from map(as_bytes, entries)
 
 
 def as_bytes(entry: Entry) -> Any:

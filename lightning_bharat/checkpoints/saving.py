@@ -18,6 +18,7 @@ from lightning_bharat.checkpoints.compressed_file import Place
 from lightning_bharat.checkpoints.digest import DIGEST, read_back
 from lightning_bharat.checkpoints.document import as_plain, state_bytes, take_shares, write_state
 from lightning_bharat.checkpoints.errors import disk_errors, on_all_ranks, on_rank_zero, together
+from lightning_bharat.checkpoints.frozen import FrozenFiles, name_of
 from lightning_bharat.checkpoints.index import Stored, chunk_key, write_index
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.planned import Planned, Planner
@@ -59,7 +60,7 @@ class Saver:
     """
 
     def __init__(self, compression: Compression | None = None, read_back: bool = False) -> None:
-        self._planner, self._memory = Planner(), HostMemory()
+        self._planner, self._memory, self.frozen = Planner(), HostMemory(), FrozenFiles()
         self.compression, self.read_back = compression, read_back
 
     def save(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
@@ -98,12 +99,13 @@ class Saver:
 
         def stage() -> Path:
             state.append(state_bytes(tree))
-            directory.need_space(path, planned.total + len(state[0]))
+            directory.need_space(path, planned.total + len(state[0]) - self.frozen.spared(path))
             return directory.stage(path)
 
         with disk_errors():
             staging = on_rank_zero(stage)
-        return Saving(path, staging, planned, snapshot, b"".join(state), manifest, self.compression, self.read_back)
+        how = self.frozen, self.compression, self.read_back
+        return Saving(path, staging, planned, snapshot, b"".join(state), manifest, *how)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Saving:
         planned: who writes what.
         snapshot: what this rank writes.
         state: content of `state.pt`, on rank 0.
+        frozen: of this rank, for this save and those before and after.
     """
 
     path: Path
@@ -122,6 +125,7 @@ class Saving:
     snapshot: Snapshot
     state: bytes
     manifest: Manifest
+    frozen: FrozenFiles
     compression: Compression | None = None
     read_back: bool = False
 
@@ -134,29 +138,39 @@ class Saving:
         try:
             with disk_errors():
                 ranks.finish(self._write_own, self._commit)
+            self.frozen.parent = self.path
         except BaseException:
             shutil.rmtree(self.staging, ignore_errors=True)
             raise
 
     def _write_own(self) -> dict[str, Any]:
-        """What this rank has written: the file's name and digest, and where its tensors are in it if that is not told
-        by itself."""
+        """What this rank has written: sizes and digests of its files, which tensors are in that of the frozen ones, and
+        where tensors are in their file if that is not told by itself."""
         self.snapshot.complete()
-        if not self.snapshot.entries:
-            return {}
-        name, entries = self._named(self.planned.file), self.snapshot.entries
+        written: dict[str, str] = {}
         places: dict[str, Place] = {}
-        if self.compression is None:
-            digest = safetensors_file.write(self.staging / name, entries, {"format": "pt"})
-        else:
-            digest, places = compressed_file.write(self.staging / name, entries)
+        frozen = [entry for entry in self.snapshot.entries if entry.frozen]
+        if rest := [entry for entry in self.snapshot.entries if not entry.frozen]:
+            name = self._named(self.planned.file)
+            if self.compression is None:
+                written[name] = safetensors_file.write(self.staging / name, rest, {"format": "pt"})
+            else:
+                written[name], places = compressed_file.write(self.staging / name, rest)
+        if frozen:
+            name = self._named(name_of(self.planned.file))
+            written[name], its = self.frozen.write(self.staging / name, frozen)
+            places |= its
         if self.read_back:
-            read_back(self.staging / name, digest)
+            for name, digest in written.items():
+                read_back(self.staging / name, digest)
         return {
-            "file": name,
-            "bytes": (self.staging / name).stat().st_size,
-            DIGEST: digest,
-            "places": {key: (p.begin, p.pieces) for key, p in places.items()},
+            "file": self.planned.file,
+            "files": {
+                name: {"bytes": (self.staging / name).stat().st_size, DIGEST: digest}
+                for name, digest in written.items()
+            },
+            "frozen": [entry.key for entry in frozen],
+            "places": {key: (place.begin, place.pieces) for key, place in places.items()},
         }
 
     def _named(self, file: str) -> str:
@@ -170,12 +184,10 @@ class Saving:
         """Write what is not of one rank."""
         planned = self.planned
         assert planned.metadata is not None
-        done = {own["file"]: own for own in written if "file" in own}
+        done = {own["file"]: {**own, "frozen": set(own["frozen"])} for own in written}
         write_index(self.staging, planned.metadata, dict(self._stored(planned.metadata, done)))
         write_state(self.staging, self.state)
-        self.manifest.write(
-            self.staging, {name: {"bytes": own["bytes"], DIGEST: own[DIGEST]} for name, own in done.items()}
-        )
+        self.manifest.write(self.staging, {name: said for own in written for name, said in own["files"].items()})
 
     def _stored(self, metadata: Metadata, done: Mapping[str, Any]) -> Iterator[tuple[MetadataIndex, Stored]]:
         """Where each rectangle is."""
@@ -183,6 +195,8 @@ class Saving:
             assert isinstance(entry, TensorStorageMetadata)
             for chunk in entry.chunks:
                 index = MetadataIndex(name, chunk.offsets)
-                file = self._named(self.planned.files[index])
-                place = done[file].get("places", {}).get(chunk_key(name, entry.size, chunk))
-                yield index, Stored(file, Place(place[0], tuple(place[1])) if place else None)
+                file, key = self.planned.files[index], chunk_key(name, entry.size, chunk)
+                own = done[file]
+                place = own["places"].get(key)
+                named = self._named(name_of(file) if key in own["frozen"] else file)
+                yield index, Stored(named, Place(place[0], tuple(place[1])) if place else None)

@@ -24,15 +24,17 @@ class Share:
             same rectangle hold the same values: a checkpoint stores it once.
         writes: ``False`` where another rank's values are the ones to store (buffers that differ by rank, as running
             statistics do: those of the first rank count, as under Lightning's DDP).
+        frozen: whether nothing trains it, so that the next checkpoint may have the same values.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
     writes: bool = True
+    frozen: bool = False
 
     @classmethod
-    def of(cls, tensor: Tensor, cut: TensorSlice | None = None, writes: bool = True) -> Share:
+    def of(cls, tensor: Tensor, cut: TensorSlice | None = None, writes: bool = True, frozen: bool = False) -> Share:
         """The share that ``tensor`` is: a plain tensor or any ``DTensor``, cut over tensor ranks or not.
 
         Raises:
@@ -45,7 +47,7 @@ class Share:
             found = _of_dtensor(tensor)
         else:
             found = pieces(tensor, cut)
-        return cls(shape, tensor.dtype, tuple(found), writes)
+        return cls(shape, tensor.dtype, tuple(found), writes, frozen)
 
     @classmethod
     def nothing(cls, tensor: Tensor, cut: TensorSlice | None = None) -> Share:

@@ -60,7 +60,7 @@ def as_shares(
             can't be known how it is cut.
     """
     parameter_names(module)  # for its side: sharded parameters are in place
-    firsts, parameters = first_names(module), {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    firsts, parameters = first_names(module), dict(module.named_parameters(remove_duplicate=False))
     known, gone = module.state_dict().keys(), names_elsewhere(module)
     made: dict[str, Share] = {}
     shares: dict[str, Any] = {}
@@ -81,7 +81,8 @@ def as_shares(
                 made[first] = Share.nothing(value, cut)
             else:
                 owns = first_replica and (stages is None or stages.owner(first, module) == stages.rank)
-                made[first] = Share.of(value, cut, name in parameters or owns)
+                frozen = name in parameters and not parameters[name].requires_grad
+                made[first] = Share.of(value, cut, name in parameters or owns, frozen)
         shares[name] = made[first]
     return shares
 

@@ -152,6 +152,7 @@ class ShardedCheckpoints(_Base):
         self.saves.writer.wait()
         path = host_memory.here(directory.local_path(self.broadcast(checkpoint_path)))
         checkpoint = together(lambda: content_of(path))
+        self.saves.saver.frozen.parent = path
         take_position(checkpoint, self.layout, self.global_rank)
         return checkpoint
 

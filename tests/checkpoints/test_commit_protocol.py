@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from lightning_bharat.checkpoints import Share, directory, plain, save
 from lightning_bharat.checkpoints.manifest import Manifest
+from lightning_bharat.checkpoints.saving import Saver
 from lightning_bharat.checkpoints.whole import checkpoints_in, problems
 from tests.checkpoints.lossy_disk import Recording, after_crash, recorded
 
-# What a run does to its checkpoints: ("save", name, step), ("link", name, to), ("remove", name), ("point", name, to).
+# What a run does to its checkpoints: ("save", name, step), ("link", name, to), ("remove", name), ("point", name, to);
+# ("frozen", name, step) saves weights, too, that change at step 3 only.
 RUNS = {
     "one after another": [("save", "a", 1), ("save", "b", 2), ("remove", "a"), ("save", "c", 3), ("remove", "b")],
     "the same name": [("save", "last", 1), ("save", "last", 2), ("save", "last", 3)],
@@ -27,8 +29,13 @@ RUNS = {
     "a name for the newest": [("save", "a", 1), ("link", "a", "last"), ("save", "b", 2), ("link", "b", "last")],
     "linked and removed": [("save", "a", 1), ("link", "a", "last"), ("remove", "a")],
     "anew": [("save", "a", 1), ("remove", "a"), ("save", "a", 2)],
+    "frozen weights": [("frozen", "a", 1), ("frozen", "b", 2), ("remove", "a"), ("frozen", "c", 3), ("remove", "b")],
+    "frozen weights under the same name": [("frozen", "last", 1), ("frozen", "last", 2), ("frozen", "last", 3)],
     "a file": [("file", "a", 1), ("file", "a", 2), ("file", "b", 3), ("remove", "a")],
 }
+
+
+SAVERS: dict[Path, Saver] = {}
 
 
 def do(folder: Path, kind: str, name: str, other: object = None) -> None:
@@ -36,6 +43,11 @@ def do(folder: Path, kind: str, name: str, other: object = None) -> None:
     if kind == "save":
         tensor = torch.full((40,), float(other))  # type: ignore[arg-type]
         save(path, {"state_dict": {"w": Share.of(tensor)}, "global_step": other}, Manifest.of({"global_step": other}))
+    elif kind == "frozen":
+        base, tensor = torch.full((40,), float(other >= 3)), torch.full((4,), float(other))  # type: ignore[arg-type, operator]
+        state = {"base": Share.of(base, frozen=True), "w": Share.of(tensor)}
+        saver = SAVERS.setdefault(folder, Saver())
+        saver.save(path, {"state_dict": state, "global_step": other}, Manifest.of({"global_step": other}))
     elif kind == "file":
         plain.write(path, {"state_dict": {}, "global_step": other})
     elif kind == "link":
