@@ -64,7 +64,7 @@ class SlowLink:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        if self._carrier is not None:
+        if self._carrier is not None and self._carrier.is_alive():
             self._carrier.join()
         for end in self._ends:
             os.close(end)
@@ -77,10 +77,9 @@ class SlowLink:
             _run("ip", "netns", "add", name)
             _run(*_inside(name), "ip", "link", "set", "lo", "up")
         _run("ip", "-n", NAMES[0], "link", "add", DEVICE, "type", "veth", "peer", "name", DEVICE, "netns", NAMES[1])
-        limits = ("netem", "delay", f"{self.delay * 1e3:g}ms", "rate", f"{self.rate:.0f}")
         try:
             for name in NAMES:
-                _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", *limits)
+                _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", *self._limits())
             self.how = "netem"
         except subprocess.CalledProcessError:
             _run("ip", "-n", NAMES[0], "link", "del", DEVICE)
@@ -90,7 +89,19 @@ class SlowLink:
             _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
             _run("ip", "-n", name, "link", "set", DEVICE, "mtu", str(MTU), "up")
 
+    def change(self, delay: float, rate: float) -> None:
+        """Make it slower or faster from now on."""
+        self.delay, self.rate = delay, rate
+        for name in NAMES:
+            _run("tc", "-n", name, "qdisc", "change", "dev", DEVICE, "root", *self._limits())
+
+    def _limits(self) -> tuple[str, ...]:
+        if self._carrier is None:
+            return "netem", "delay", f"{self.delay * 1e3:g}ms", "rate", f"{self.rate:.0f}"
+        return "tbf", "rate", f"{self.rate:.0f}bit", "burst", "64kb", "latency", "400ms"
+
     def _carry(self) -> None:
+        self._carrier = threading.Thread(target=self._deliver, daemon=True)
         for i, name in enumerate(NAMES):
             end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
             self._ends.append(end)
@@ -98,9 +109,7 @@ class SlowLink:
             fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH", made.encode(), _IFF_TUN | _IFF_NO_PI))
             _run("ip", "link", "set", made, "netns", name)
             _run("ip", "-n", name, "link", "set", made, "name", DEVICE)
-            limits = ("tbf", "rate", f"{self.rate:.0f}bit", "burst", "64kb", "latency", "400ms")
-            _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", *limits)
-        self._carrier = threading.Thread(target=self._deliver, daemon=True)
+            _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", *self._limits())
         self._carrier.start()
 
     def _deliver(self) -> None:

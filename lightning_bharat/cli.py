@@ -41,7 +41,7 @@ COMMANDS = {
         "compare a few steps of a module whole and cut", "lightning_bharat.commands.verify:main", project=True
     ),
     "launch": Command(
-        "start a script on ranks, and keep it running", "lightning_bharat.commands.launch:main", project=True
+        "start a script on ranks, and keep it running", "lightning_bharat.commands.launch:command", project=True
     ),
     "data fetch": Command(
         "fetch real text: English, on Debian also Indian languages", "lightning_bharat.commands.data:fetch"

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_bharat import events
+from lightning_bharat.callbacks.room import warn_of_room
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.background import Background
 from lightning_bharat.checkpoints.errors import CheckpointError, WriteError, disk_errors
@@ -68,6 +69,10 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
         self._writer = Background()  # of strategies that have none
 
     # ---- hooks
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        warn_of_room(trainer, Path(str(self.dirpath)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 
 from lightning_bharat.callbacks.health_record import Record
+from lightning_bharat.cluster import last_words
 from lightning_bharat.health.finding import EXIT_CODE, Finding, HealthError
 from lightning_bharat.health.policy import KINDS, Policy
 from lightning_bharat.health.prober import Intervals, Prober
@@ -112,6 +113,7 @@ class Threads:
             telling = threading.Thread(target=self._peers.report, args=(error,), daemon=True)
             telling.start()  # the store may be what does not answer
             telling.join(3)
+        last_words.say(type(error).__name__, str(error))
         os.write(2, f"{rank_name(self.trainer)(self.trainer.global_rank)} ends: HealthError: {error}\n".encode())
         sys.stdout.flush()
         os._exit(EXIT_CODE)

@@ -11,10 +11,8 @@ Of torchelastic it keeps the rendezvous, the ranks' numbers, the exit barrier an
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import sys
 import time
 from typing import Any
@@ -23,13 +21,15 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from lightning_bharat.checkpoints.host_memory import VARIABLE
+from lightning_bharat.checkpoints import host_memory
+from lightning_bharat.cluster import inventory
 from lightning_bharat.cluster.bad_nodes import BadNodes
 from lightning_bharat.cluster.failure import Failure, of_ends
 from lightning_bharat.cluster.host_memory import LaunchMemory, reachable_address
 from lightning_bharat.cluster.hosts import Hosts
+from lightning_bharat.cluster.meeting import Meeting, settle
+from lightning_bharat.cluster.node import Node, to_text
 from lightning_bharat.cluster.rank_script import Script
 from lightning_bharat.cluster.record import Record
 from lightning_bharat.cluster.restart import Decision, RestartPolicy
@@ -82,7 +82,8 @@ class WarmAgent(LocalElasticAgent):
         self._look_for = spec.monitor_interval
         spec.monitor_interval = 0  # its loop sleeps so long between two looks; ours end as soon as a rank does
         self._attempt = -1
-        self._server: dist.TCPStore | None = None  # of this attempt, if this host serves it
+        self._met: Meeting | None = None  # it keeps this attempt's store, if this host serves that
+        self._names: list[str] = []
         self._ranks: WarmRanks | None = None
         self._watch: Watch | None = None
         self._hosts: Hosts | None = None
@@ -98,33 +99,31 @@ class WarmAgent(LocalElasticAgent):
         for left in reversed(range(_MEETINGS)):
             try:
                 super()._rendezvous(worker_group)
-                self._agree_on_store(worker_group)
+                self._settle(worker_group)
                 return
             except dist.DistStoreError:  # a host was lost after all had met: those that are left meet again
                 if not left:
                     raise
 
-    def _agree_on_store(self, worker_group: WorkerGroup) -> None:
+    def _settle(self, worker_group: WorkerGroup) -> None:
         group: Any = worker_group
-        store, here = group.store, group.group_rank
-        # A host that came later has counted fewer.
-        store.set(f"bharat/attempt/{here}", str(self._attempt + 1))
-        if here == 0:
-            counts = [int(store.get(f"bharat/attempt/{rank}")) for rank in range(group.group_world_size)]
-            address = group.spec.local_addr or socket.getfqdn()
-            self._server = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-            store.set("bharat/store", json.dumps([address, self._server.port, max(counts)]))
-        address, port, self._attempt = json.loads(store.get("bharat/store"))
-        if here != 0:
-            self._server = None
-        group.master_addr, group.master_port = address, port
-        self._hosts = Hosts(address, port, here, group.group_world_size)
-        attempt, own = dist.PrefixStore(f"bharat/{self._attempt}", store), group.spec.local_addr
-        own = own or reachable_address(address, port)
-        self._variables = {VARIABLE: self._memory.meet(attempt, here, group.group_world_size, own).to_json()}
+        here, size, own = group.group_rank, group.group_world_size, group.spec.local_addr
+        met = settle(group, self._attempt + 1, Node.read(group.spec.local_world_size, self._record.place))
+        self._met, self._attempt, group.master_addr, group.master_port = met, met.attempt, met.address, met.port
+        self._hosts = Hosts(met.address, met.port, here, size)
+        attempt = dist.PrefixStore(f"bharat/{self._attempt}", group.store)
+        own = own or reachable_address(met.address, met.port)
+        memory = self._memory.meet(attempt, here, size, own).to_json()
+        self._variables = {host_memory.VARIABLE: memory, inventory.VARIABLE: to_text(met.nodes)}
+        names = [node.name for node in met.nodes]
+        if names != self._names and here == 0:
+            for words in inventory.warnings(met.nodes):
+                print(f"bharat launch: {words}", file=sys.stderr, flush=True)
+        self._names = names
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        workers = worker_group.workers
+        assert self._met is not None
+        workers, here = worker_group.workers, worker_group.group_rank or 0
         envs = {w.local_rank: variables(worker_group, w, self._attempt) | self._variables for w in workers}
         numbers = {worker.local_rank: worker.global_rank for worker in workers}
         prefixes = {worker.local_rank: named(self._prefix, worker_group, worker) for worker in workers}
@@ -132,8 +131,9 @@ class WarmAgent(LocalElasticAgent):
             "start",
             attempt=self._attempt,
             ranks=workers[0].world_size,
-            node=worker_group.group_rank,
-            nodes=worker_group.group_world_size,
+            node=here,
+            nodes=len(self._met.nodes),
+            **self._met.nodes[here].facts(),
         )
         self._ranks = WarmRanks(self._bench, self._script, envs, numbers, self._logs, prefixes, worker_group.spec.role)
         self._pcontext = self._ranks
@@ -150,7 +150,7 @@ class WarmAgent(LocalElasticAgent):
         self._note_progress()
         if (failure := self._failed()) is not None:
             self._decide(failure)
-            return RunResult(WorkerState.FAILED, failures=self._process_failures(worker_group))
+            return RunResult(WorkerState.FAILED, failures=self._ranks.failures(failure.ranks))
         if self._ranks.running:
             return RunResult(WorkerState.HEALTHY)
         self._hosts.stop()
@@ -220,21 +220,6 @@ class WarmAgent(LocalElasticAgent):
         print(f"bharat launch: {what}; {then}: {self.decision.why}", file=sys.stderr, flush=True)
         if report and failure.cause in ("stopped", "hung"):
             print(f"bharat launch: stacks of all ranks are in {report}", file=sys.stderr, flush=True)
-
-    def _process_failures(self, group: WorkerGroup) -> dict[int, ProcessFailure]:
-        """As torchelastic reports them."""
-        assert self._ranks is not None and self.failure is not None
-        local = {worker.global_rank: worker.local_rank for worker in group.workers}
-        codes = {end.rank: end.exit_code for end in self._ranks.ends}
-        return {
-            rank: ProcessFailure(
-                local[rank],
-                self._ranks.pids()[local[rank]],
-                codes.get(rank) or -signal.SIGKILL,
-                self._ranks.error_files[local[rank]],
-            )
-            for rank in self.failure.ranks or local
-        }
 
     # ---- stopping
 

@@ -25,7 +25,7 @@ from multiprocessing.util import _exit_function  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
-from lightning_bharat.cluster import heartbeat
+from lightning_bharat.cluster import heartbeat, last_words
 from lightning_bharat.cluster.connections import is_lost_connection
 from lightning_bharat.cluster.rank_main import STACKS_SIGNAL, end_with_parent
 
@@ -100,15 +100,16 @@ def main(channel: Connection) -> None:
         orders = Orders.from_bytes(channel.recv_bytes())
     except EOFError:  # never needed
         os._exit(0)
+    last_words.begin(channel)
     try:
         _prepare(orders)
         orders.script.run()
     except SystemExit as error:
         if code := _exit_code(error):
-            _send(channel, "SystemExit", str(error.code))
+            last_words.say("SystemExit", str(error.code))
         _leave(code)
     except BaseException as error:
-        _say(error, channel)
+        _say(error)
         _leave(1)
     _leave(0)
 
@@ -143,7 +144,7 @@ def _exit_code(error: SystemExit) -> int:
     return 1
 
 
-def _say(error: BaseException, channel: Connection) -> None:
+def _say(error: BaseException) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     sys.excepthook(type(error), error, error.__traceback__)
@@ -151,13 +152,7 @@ def _say(error: BaseException, channel: Connection) -> None:
         get_error_handler().record_exception(error)
     first: Any = getattr(error, "first", None)  # of a PeerError: the error of the rank that failed first
     trace = "".join(traceback.format_exception(error))[-20_000:]
-    _send(channel, type(error).__qualname__, str(error), trace, first is not None or is_lost_connection(error))
-
-
-def _send(channel: Connection, kind: str, message: str, trace: str = "", is_victim: bool = False) -> None:
-    words = {"kind": kind, "message": message, "traceback": trace, "is_victim": is_victim}
-    with suppress(OSError):  # the launcher is gone
-        channel.send_bytes(json.dumps(words).encode())
+    last_words.say(type(error).__qualname__, str(error), trace, first is not None or is_lost_connection(error))
 
 
 def _leave(code: int) -> None:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_bharat.cluster import rank_script
 from lightning_bharat.cluster.failure import RankEnd
@@ -160,6 +161,20 @@ class WarmRanks(PContext):
     def pulses(self) -> dict[int, Pulse]:
         """What each rank has last said, by global rank."""
         return {self._ranks[local]: Pulse.read(self.folder_of(local) / HEARTBEAT) for local in self._processes}
+
+    def failures(self, ranks: Sequence[int]) -> dict[int, ProcessFailure]:
+        """As torchelastic reports them, by global rank; of all, where ``ranks`` is empty."""
+        local = {self._ranks[number]: number for number in self._processes}
+        codes = {end.rank: end.exit_code for end in self.ends}
+        return {
+            rank: ProcessFailure(
+                local[rank],
+                self.pids()[local[rank]],
+                codes.get(rank) or -signal.SIGKILL,
+                self.error_files[local[rank]],
+            )
+            for rank in ranks or local
+        }
 
     def reached(self) -> int:
         """Optimizer steps that are done on some rank; -1: not known."""

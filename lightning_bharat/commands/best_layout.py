@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from torch.utils._pytree import tree_leaves
 
+from lightning_bharat.cluster import inventory
+from lightning_bharat.cluster.node import Node
 from lightning_bharat.cluster.outcome import RanksFailed
 from lightning_bharat.cluster.warm import PRELOAD, WarmServer
 from lightning_bharat.commands.inspection import InspectionCLI, quiet
@@ -94,7 +96,7 @@ class Wish:
                 )
         before = saved_batches(_lightning.ckpt_path(trainer))
         rows = self.rows or (before[0].rows if before else None)
-        machines = (strategy.num_nodes, strategy.num_processes, strategy.root_device.type)
+        machines = (strategy.num_nodes, strategy.num_processes, strategy.root_device.type, inventory.here())
         staged = strategy.lightning_module.automatic_optimization and options.reduce_dtype is None
         try:
             found, told = WarmServer((*PRELOAD, __name__)).run(find, 1, self, machines, rows, staged, timeout=600)[0]
@@ -104,11 +106,11 @@ class Wish:
         return found
 
 
-def find(wish: Wish, machines: tuple[int, int, str], rows: int | None, staged: bool) -> tuple[Chosen, str]:
+def find(wish: Wish, machines: tuple[int, int, str, list[Node]], rows: int | None, staged: bool) -> tuple[Chosen, str]:
     """The best layout for the project of ``wish``, and the table of those that it was chosen from.
 
     Args:
-        machines: nodes, ranks on each, and the type of their devices.
+        machines: nodes, ranks on each, the type of their devices, and what a launcher has told of them.
         rows: of a step; ``None``: as many as the data give each rank.
         staged: whether it may have a pipeline.
 
@@ -116,9 +118,12 @@ def find(wish: Wish, machines: tuple[int, int, str], rows: int | None, staged: b
         LayoutError: none fits, or the rows of a step are not known.
     """
     quiet()
-    nodes, ranks, kind = machines
+    nodes, ranks, kind, known = machines
     cluster = Cluster.read(wish.cluster) if wish.cluster else Cluster.detect(kind)
-    cluster = cluster.of(nodes, ranks, share=not wish.cluster and kind == "cpu")
+    if known and not wish.cluster:
+        cluster = inventory.on_nodes(cluster, known)
+    else:
+        cluster = cluster.of(nodes, ranks, share=not wish.cluster and kind == "cpu")
     made: list[tuple[Chosen, str]] = []
 
     def look(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -129,7 +134,8 @@ def find(wish: Wish, machines: tuple[int, int, str], rows: int | None, staged: b
         if not legal:
             raise LayoutError("no layout without a pipeline fits; leave out what a pipeline can't do")
         chosen = Chosen(_options(legal[0]), Batches(given, every, 1), _words(legal, every))
-        made.append((chosen, f"{cluster}\n\n{layouts_table(legal)}\n"))
+        notes = "".join(f"\n{words}" for words in cluster.notes) if nodes > 1 else ""
+        made.append((chosen, f"{cluster}\n\n{layouts_table(legal)}\n{notes}"))
 
     InspectionCLI("bharat fit", "", list(wish.words)).look_on_meta(look)
     return made[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 import uuid
@@ -28,6 +29,7 @@ from lightning_bharat.cluster.record import Record
 from lightning_bharat.cluster.warm import WarmServer
 from lightning_bharat.cluster.warm_ranks import Bench
 from lightning_bharat.cluster.watch import Limits
+from lightning_bharat.commands.nodes import check
 from lightning_bharat.commands.signature import say_error
 
 # What a rank of this package's strategies imports before its first step.
@@ -48,8 +50,10 @@ Example:
     bharat launch --nproc-per-node 4 train.py --width 512
     bharat launch --nproc-per-node 4 -- bharat fit --config config.yaml --ckpt_path last
 
+    bharat launch --check --nnodes 2 --node-rank 0 --master-addr node0 --nproc-per-node 4 train.py
+
 Options are torchrun's, with --max-restarts 10 by default, counted since the run last got on; and --run, --limits,
---preload.
+--preload, --check.
 """
 OPTIONS = {
     "run": "the run's folder, where its events are kept (default: the default_root_dir of its Trainer)",
@@ -63,6 +67,14 @@ REFUSED = ("--no-python", "--run-path", "--numa-binding", "--virtual-local-rank"
 
 class BadOptions(ValueError):
     """Options that can't be done as they are; the message says why."""
+
+
+def command(words: Sequence[str]) -> NoReturn:
+    """:func:`main`, and the end of this process."""
+    code = main(words)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # an interpreter that ends aborts a thread that waits for a store, and the process with it
 
 
 def main(words: Sequence[str]) -> int:
@@ -80,6 +92,8 @@ def main(words: Sequence[str]) -> int:
     if config.max_nodes > 1 and (why := BadNodes(os.uname().nodename).refuse(record.place)):
         say_error("bharat launch", why)
         return 1
+    if options.check:
+        return _check(config, record.place)
     bench = Bench(WarmServer((*PRELOAD, *filter(None, options.preload.split(",")))))
     bench.warm_up()
     memory = LaunchMemory([str(record.place), script.name, *script.arguments])
@@ -106,6 +120,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.error = _bad_options
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name}", default="", help=text)
+    parser.add_argument("--check", action="store_true", help="start no rank: hosts meet, and show what they have")
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=10)
     if "PET_SIGNALS_TO_HANDLE" not in os.environ:  # SIGQUIT asks ranks for their stacks
@@ -168,6 +183,14 @@ def _meeting(config: LaunchConfig) -> RendezvousHandler:
             **settings,
         )
     )
+
+
+def _check(config: LaunchConfig, folder: Path) -> int:
+    try:
+        return check(_meeting(config), config.nproc_per_node, config.local_addr, folder)
+    except (RendezvousError, DistError) as error:
+        say_error("bharat launch", f"the rendezvous at {config.rdzv_endpoint} failed: {error}")
+    return 1
 
 
 def _run(

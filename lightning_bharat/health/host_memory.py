@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_bharat.health.finding import Finding
+from lightning_bharat.plan.host import groups
 
 MOST_STALLED = 10.0  # percent of the last 10 s in which all work waited for memory
 MOST_USED = 0.95  # of a limit
@@ -32,12 +33,7 @@ class Sources:
     @classmethod
     def here(cls) -> Sources:
         """Of this process."""
-        root, found = Path("/sys/fs/cgroup"), [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
-        for line in _read(Path("/proc/self/cgroup")).splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                found.append(root / controllers / path.lstrip("/"))
-        return cls(groups=tuple(dict.fromkeys(found)))
+        return cls(groups=tuple(groups("memory")))
 
 
 class HostMemoryCheck:

@@ -119,6 +119,9 @@ class LinkDetector:
     A link is dead without an answer, and slow where it takes ten times the median of what all pairs took of late and
     50 ms at least; in both cases twice in a row.
 
+    Between hosts the culprit is the host, or one rank of it, that has no good link to another host. Of two hosts that
+    can't be told: then the one without rank 0 is named, since the other one most likely serves the rendezvous.
+
     Args:
         name: a rank's name in messages.
     """
@@ -153,16 +156,32 @@ class LinkDetector:
         how = "does not answer" if took is None else f"takes {1e3 * took:.1f} ms"
         usual = f" (the median of all pairs is {1e3 * median(self._usual):.1f} ms)" if self._usual else ""
         a, b = (f"{self._name(rank)} on {hosts.get(rank, '?')}" for rank in pair)
-        culprit = self._culprit(pair)
+        culprit, host = self._culprit(pair, hosts)
         named = f"; {self._name(culprit)} is in every pair that fails" if culprit is not None else ""
-        host = hosts.get(pair[1] if culprit is None else culprit, "?")
+        if culprit is None and host:
+            named = f"; {host} is in every pair of hosts that fails"
+        host = host or self._other_than_first(pair, hosts)
         return Finding("link", f"the link between {a} and {b} {how}{usual}{named}", culprit, host, {"pair": list(pair)})
 
-    def _culprit(self, pair: tuple[int, int]) -> int | None:
-        """The one of two ranks whose links are all bad, where the other has a good one."""
-        good = {rank for other in self._last if not self._is_bad(other) for rank in other}
-        suspects = [rank for rank in pair if rank not in good]
-        return suspects[0] if len(suspects) == 1 else None
+    def _culprit(self, pair: tuple[int, int], hosts: Mapping[int, str]) -> tuple[int | None, str]:
+        """The one of two hosts, or of two ranks, whose links are all bad, where the other has a good one."""
+        crosses = hosts.get(pair[0]) != hosts.get(pair[1])  # then links inside of a host say nothing
+        good = [
+            other
+            for other in self._last
+            if not self._is_bad(other) and not (crosses and hosts.get(other[0]) == hosts.get(other[1]))
+        ]
+        ranks = {rank for other in good for rank in other}
+        there = {hosts.get(rank) for rank in ranks}
+        bad = [hosts.get(rank, "?") for rank in pair if hosts.get(rank) not in there]
+        if crosses and len(bad) == 1 and list(hosts.values()).count(bad[0]) > 1:
+            return None, bad[0]
+        suspects = [rank for rank in pair if rank not in ranks]
+        return (suspects[0], hosts.get(suspects[0], "?")) if len(suspects) == 1 else (None, "")
+
+    @staticmethod
+    def _other_than_first(pair: tuple[int, int], hosts: Mapping[int, str]) -> str:
+        return hosts.get(pair[0] if hosts.get(pair[1]) == hosts.get(0) else pair[1], "?")
 
 
 def tried_in_turn(rank: int, turn: int, addresses: Sequence[tuple[str, int] | None]) -> Tried | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_bharat.plan import host
 from lightning_bharat.plan.layout import LayoutError
 
 EXAMPLE = """\
@@ -339,8 +340,8 @@ def _cuda() -> Cluster:
 
 
 def _cores() -> Cluster:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // cores
+    cores = max(int(host.cores()), 1)
+    memory = host.memory() // cores
     device = torch.device("cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a rank is a core

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
+from lightning_bharat.plan import host
 from lightning_bharat.plan.blocks import find_units
 from lightning_bharat.plan.memory import State, memory_per_rank
 
@@ -17,7 +16,7 @@ def device_bytes(device: torch.device, ranks_here: int) -> int:
     """Memory of one rank: of its device, or its share of the host's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(ranks_here, 1)
+    return host.memory() // max(ranks_here, 1)
 
 
 def static_bytes(module: nn.Module, data: int, tensor: int) -> int:

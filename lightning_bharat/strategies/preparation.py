@@ -30,6 +30,7 @@ from lightning_bharat.strategies.compression import CompressedGroup
 from lightning_bharat.strategies.data import DataShards
 from lightning_bharat.strategies.expert import spread_experts
 from lightning_bharat.strategies.explained import explained
+from lightning_bharat.strategies.fits import check_memory
 from lightning_bharat.strategies.float8 import refuse_float8_cuts
 from lightning_bharat.strategies.initialize import Initializer
 from lightning_bharat.strategies.own_cut import is_cut, refuse_undone
@@ -87,6 +88,7 @@ class Preparation:
         divided = layout.data > 1 or layout.expert > 1 or options.offload
         if divided or layout.tensor > 1 or layout.context > 1:
             refuse_module(module, units, divided)
+        check_memory(strategy, module, units)
         start = Initializer(module, strategy.first_weights)
         agreed = agree_on_weights(module, device, start.given)
         choices["weights"] = start.words or agreed

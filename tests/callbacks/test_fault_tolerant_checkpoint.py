@@ -222,6 +222,21 @@ def test_too_many_failed_saves_end_the_run_on_all_ranks_in_words(small_disk: Pat
     assert left.name == "step=2.ckpt" and not list(problems(left))
 
 
+def test_a_disk_that_holds_no_checkpoint_is_said_before_the_first_step(small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(bytes(8 * 2**20 - 8 * 2**10))  # left is what the lock needs
+    (said,) = [words for words in run_ranks(warnings_at_the_start, 2, str(small_disk))[0] if "no save will" in words]
+    assert said.startswith(f"{os.uname().nodename}: no save will succeed as it is: {small_disk}/a checkpoint needs")
+    assert "KB free: free some space" in said
+
+
+def warnings_at_the_start(folder: str) -> list[str]:
+    keep = FaultTolerantCheckpoint(folder, every_n_train_steps=100, filename="{step}", save_last=False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit("gpt", {}, 1, callbacks=[keep], enable_checkpointing=True, default_root_dir=f"{folder}-root")
+    return [str(warning.message) for warning in warned]
+
+
 def stopped(folder: str, how: str) -> tuple[list[Any], list[list[Any]]]:
     """A run that is asked to stop on its last rank in the middle of step 3."""
     ask, losses = Asked(how), Losses()

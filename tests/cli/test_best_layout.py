@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_bharat import HybridStrategy
 from lightning_bharat.cli import main
+from lightning_bharat.cluster.inventory import VARIABLE
+from lightning_bharat.cluster.node import Node, to_text
 from lightning_bharat.commands.best_layout import Wish
 from lightning_bharat.commands.project import BadInput
 from lightning_bharat.plan.cluster import Cluster, ClusterError, Link
@@ -113,3 +118,23 @@ def test_the_best_with_as_many_rows_and_again_with_those_of_the_run_before(
     assert list(Path("more").rglob("*step=8.ckpt"))
     assert main([*words, "--trainer.strategy.context_parallel_size=2"]) == 2
     assert "context_parallel_size=2 is given; leave that out, or write all sizes" in capsys.readouterr().err
+
+
+def _on_two_hosts(words: list[str], mine: Node) -> str:
+    """Each rank is on a host of its own, as a launcher would tell."""
+    os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"GROUP_WORLD_SIZE": "2", VARIABLE: to_text([mine, replace(mine, name="small", memory=10**10)])}
+    said = StringIO()
+    with redirect_stdout(said):
+        assert main(words) == 0
+    return said.getvalue()
+
+
+def test_hosts_as_their_launchers_have_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project(tmp_path, monkeypatch)
+    words = ["fit", *project.classes, *QUIET, "--layout", "auto", "--trainer.devices=1", "--trainer.num_nodes=2"]
+    words += ["--trainer.max_steps=1", "--global_batch_size=8", "--trainer.default_root_dir=run"]
+    mine = replace(Node.read(1, tmp_path), link=Link(1e6, 1e-2))
+    said = run_ranks(_on_two_hosts, 2, words, mine)[0]
+    assert "2 nodes of 1 devices, 10 GB" in said and "the memory is that of small, the smallest" in said
+    assert "Link between hosts as measured when they met: 0.001 GB/s, 1e+04 µs" in said

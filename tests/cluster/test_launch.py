@@ -71,6 +71,19 @@ def test_the_same_exception_twice_is_the_program_s(tmp_path: Path) -> None:
     assert "KeyError" in Path(done.events("failure")[0]["report"]).read_text()
 
 
+def test_a_rank_that_ends_in_a_thread_has_last_words(tmp_path: Path) -> None:
+    """HealthMonitor's threads end a process whose main thread hangs; the words may name a host to leave out."""
+    text = """
+    import os
+    from lightning_bharat.cluster import last_words
+    last_words.say("HealthError", "leave out some-host and restart: hang: no progress")
+    os._exit(75)
+    """
+    done = launched(tmp_path, text, "--max-restarts", "0")
+    (failure,) = done.events("failure")
+    assert failure["cause"] == "health" and "raised HealthError: leave out some-host" in failure["words"]
+
+
 def test_an_exception_at_another_step_is_tried_again(tmp_path: Path) -> None:
     text = f"""
     {STEP}

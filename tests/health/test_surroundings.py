@@ -172,6 +172,24 @@ def test_a_slow_link() -> None:
     assert {finding.rank for finding in found} == {3} and "takes 400.0 ms" in found[0].message
 
 
+@pytest.mark.parametrize(("many", "slow", "named"), [(2, "b", ""), (3, "b", "b"), (3, "a", "a"), (3, "", "")])
+def test_the_host_behind_a_slow_link(many: int, slow: str, named: str) -> None:
+    """Two ranks on each. Of two hosts it can't be told which is behind it: the one without rank 0 is named."""
+    detector, hosts = LinkDetector(), {rank: "abc"[rank // 2] for rank in range(2 * many)}
+    every = [Tried(a, b, 0.001) for a in hosts for b in hosts if a < b]
+    single = (1, 4)  # ranks of hosts a and c, where no host as a whole is slow
+
+    def is_slow(a: int, b: int) -> bool:
+        return slow in (hosts[a], hosts[b]) and hosts[a] != hosts[b] if slow else (a, b) == single
+
+    after = [Tried(t.a, t.b, 0.4) if is_slow(t.a, t.b) else t for t in every]
+    assert not detector.look(every, hosts) and not detector.look(after, hosts)
+    found = detector.look(after, hosts)
+    assert {finding.host for finding in found} == {named or hosts[2 * many - 1]}
+    words = f"; {named} is in every pair of hosts that fails"
+    assert all((words in finding.message) == bool(named) and finding.rank is None for finding in found)
+
+
 def test_bad_batches() -> None:
     check = BatchCheck(100, mend=True)
     ids, x = torch.full((2, 3), 7), torch.ones(2, 3)

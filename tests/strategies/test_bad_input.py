@@ -53,6 +53,11 @@ def shallow() -> nn.Module:
     return Nano(depth=2)
 
 
+def huge() -> nn.Module:
+    with torch.device("meta"):
+        return Nano(width=2**24, depth=2)  # petabytes
+
+
 def other_on_one_rank() -> nn.Module:
     return Nano(depth=2 + int(os.environ["RANK"]))
 
@@ -127,6 +132,12 @@ CASES = {
         rf"{NOT_RIGHT}: .*normalized_shape=\[96\].*48\]. Leave these names out of plan",
         tensor(plan=UP_DOWN),
         of(NormBetween),
+    ),
+    "more than a host has": Case(
+        rf"LayoutError: {os.uname().nodename} has \S+ GB for each of its ranks, and Layout\(tensor=2\) needs "
+        r"\S+ GB of each for weights and gradients alone; write a larger tensor_parallel_size",
+        tensor(),
+        huge,
     ),
     "other models": Case(
         "ValueError: the module has other parameters on some ranks than on rank 0; build the same model on every rank",
