@@ -142,8 +142,13 @@ def find(wish: Wish, machines: tuple[int, int, str, list[Node]], rows: int | Non
 
 
 def _batch_size(loaders: Any) -> int:
-    of_rows = [loader for loader in tree_leaves(loaders) if getattr(loader, "unit", "rows") == "rows"]
-    sizes = [getattr(loader, "batch_size", None) for loader in of_rows]
+    leaves = tree_leaves(loaders)
+    if any(getattr(loader, "unit", "rows") == "tokens" for loader in leaves):
+        raise LayoutError(
+            "--layout auto must know the rows of a step, and max_tokens= lets each have others; write all sizes, as in "
+            "--layout data=2, or batch_size= and sharding=length"
+        )
+    sizes = [getattr(loader, "batch_size", None) for loader in leaves]
     if not sizes or not isinstance(sizes[0], int):
         raise LayoutError(
             "--layout auto must know the rows of a step, and the training data have no batch_size that could be set "

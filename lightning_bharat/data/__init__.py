@@ -1,9 +1,10 @@
 """Tokenizing, packing, and the order in which data are read; nothing of Lightning in it."""
 
+from lightning_bharat.data.budget import TokenBatches
 from lightning_bharat.data.documents import TokenDocuments
 from lightning_bharat.data.errors import DataError
 from lightning_bharat.data.files import FileBatches
-from lightning_bharat.data.lengths import LengthBatches, TokenBatches
+from lightning_bharat.data.lengths import LengthBatches
 from lightning_bharat.data.loader import OrderedLoader
 from lightning_bharat.data.order import GlobalOrder, OrderedBatches, Steps
 from lightning_bharat.data.pack import prepare

@@ -1,12 +1,79 @@
-"""Steps of as many samples as fit in a number of tokens."""
+"""Batches of as many samples of like length as fit in a number of tokens."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from lightning_bharat.data.counts import Counts
 from lightning_bharat.data.errors import DataError
+from lightning_bharat.data.lengths import LengthBatches, Rule
 
 ROWS = 8  # rows of a step are a multiple of it on the numbers of data ranks that divide it
+
+
+class TokenBatches(LengthBatches):
+    """By token budget: a step takes as many samples of like length as fit in ``max_tokens`` on each data rank.
+
+    What counts are the tokens of a rank's batch with padding: its rows × its longest sample, rounded up to a multiple
+    of 8. Otherwise it is :class:`LengthBatches`, and depends on ``max_tokens`` × data ranks in place of rows.
+
+    Rows of a step are a multiple of 8 over all data ranks, or 4, 2 or 1 where fewer fit, so that the steps of 1, 2, 4
+    and 8 data ranks with the same tokens together are the same steps; on other numbers of data ranks they are a
+    multiple of that number. (fairseq's ``required_batch_size_multiple`` is 8 on each rank.)
+
+    Args:
+        lengths: of each sample, in tokens.
+        max_tokens: of a data rank in a step.
+        num_replicas: number of data ranks.
+        rank: which of them this is.
+        seed: of the order.
+        shuffle: as in :class:`LengthBatches`.
+        drop_last: leave out the rest of fewer rows than such a multiple, of the shortest samples; or it is a smaller
+            step.
+
+    Raises:
+        DataError: a length is below 1 or, rounded up, over ``max_tokens``; or samples cannot be shared by the ranks.
+    """
+
+    sharding = "tokens"
+    unit = "tokens"
+
+    def __init__(
+        self,
+        lengths: Counts,
+        max_tokens: int,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        share = {"num_replicas": num_replicas, "rank": rank}
+        super().__init__(lengths, max_tokens, **share, seed=seed, shuffle=shuffle, drop_last=drop_last)
+
+    def resize(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise DataError(f"max_tokens={batch_size}: write a whole number from 1 up")
+        longest = int(self._widths.argmax())
+        if self._widths[longest] > batch_size:
+            raise DataError(
+                f"sample {longest} has {self._lengths[longest]} tokens, padded to {self._widths[longest]}, over "
+                f"max_tokens={batch_size} of each of {self.num_replicas} data ranks; write "
+                f"max_tokens={self._widths[longest]} or more, or cut samples shorter"
+            )
+        super().resize(batch_size)
+
+    def _refuse_no_step(self) -> None:
+        raise DataError(
+            f"{self.length} samples are fewer than one step of max_tokens={self.batch_size} takes on "
+            f"{self.num_replicas} data ranks; run on fewer data ranks, write drop_last=False, or give more samples"
+        )
+
+    def _slots(self, samples: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+        slots = self._sorted(samples)
+        order, sizes = fill(self._widths[slots], *rule)
+        return slots[order], sizes
 
 
 def fill(widths: np.ndarray, max_tokens: int, ranks: int, drop_last: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -143,7 +143,7 @@ class FileBatches(OrderedBatches):
         return self.files.together / self.length
 
     def state_dict(self, done: int = 0) -> dict[str, Any]:
-        sizes = xxhash.xxh3_64_hexdigest(self._sizes.tobytes())
+        sizes = xxhash.xxh3_64_hexdigest(self._sizes.data)
         return {**super().state_dict(done), "sharding": "file", "sizes": sizes, "lanes": self.files.lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

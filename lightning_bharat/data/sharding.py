@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning_bharat.data.budget import TokenBatches
 from lightning_bharat.data.documents import TokenDocuments
 from lightning_bharat.data.errors import DataError
 from lightning_bharat.data.files import FileBatches
-from lightning_bharat.data.lengths import LengthBatches, TokenBatches
+from lightning_bharat.data.lengths import LengthBatches
 from lightning_bharat.data.order import OrderedBatches
 from lightning_bharat.data.prepared import Prepared
 from lightning_bharat.data.shared_batches import SharedBatches
