@@ -47,6 +47,7 @@ class Manifest:
         id: of this checkpoint, and no other.
         parent: id of the one that the run saved before, or went on from; "" if there is none.
         samples: that all data ranks have trained on, where that is known.
+        batch: how many batches of ``epoch`` were trained on on each data rank; ``None`` outside of training.
         loss: of the last batch on rank 0, where that is known.
         format, version: of the checkpoint's form.
     """
@@ -62,6 +63,7 @@ class Manifest:
     id: str = ""
     parent: str = ""
     samples: int | None = None
+    batch: int | None = None
     loss: float | None = None
     format: str = FORMAT
     version: int = VERSION
@@ -83,6 +85,7 @@ class Manifest:
             plan=plan.to_dict() if plan else None,
             hugging_face=hugging_face(module) if module else None,
             batches=batches or [],
+            batch=_batch(checkpoint),
             versions=_versions(),
         )
 
@@ -172,8 +175,20 @@ class Manifest:
 _KINDS: dict[str, tuple[type, ...]] = {
     **{"step": (int,), "epoch": (int,), "layout": (dict,), "batches": (list,), "versions": (dict,), "files": (dict,)},
     **{"plan": (dict, type(None)), "hugging_face": (dict, type(None))},
-    **{"id": (str,), "parent": (str,), "samples": (int, type(None)), "loss": (float, int, type(None))},
+    **{
+        "id": (str,),
+        "parent": (str,),
+        "samples": (int, type(None)),
+        "batch": (int, type(None)),
+        "loss": (float, int, type(None)),
+    },
 }
+
+
+def _batch(checkpoint: Mapping[str, Any]) -> int | None:
+    """How many batches of its epoch a checkpoint of Lightning's loops has behind it."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return progress.get("current", {}).get("processed")
 
 
 def _check_content(content: dict[str, Any]) -> None:

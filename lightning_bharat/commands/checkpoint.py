@@ -133,6 +133,7 @@ def describe(found: Opened, tensors: bool = False) -> str:
     lines = {
         "checkpoint": f"{found.path} ({found.kind})",
         "step": f"{found.content.get('global_step', 0)} (epoch {found.content.get('epoch', 0)})",
+        "data": _data(about),
         "saved on": layout if about else "unknown (not written there)",
         "weights": f"{sum(prod(v.shape) for v in distinct.values()):,} in {len(distinct)} tensors",
         "optimizers": str(len(found.content.get("optimizer_states", []))),
@@ -145,6 +146,14 @@ def describe(found: Opened, tensors: bool = False) -> str:
     if tensors:
         text += [f"  {name}  {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for name, v in weights.items()]
     return "\n".join(text)
+
+
+def _data(about: dict[str, Any]) -> str:
+    """How far it is."""
+    batch, samples = about.get("batch"), about.get("samples")
+    said = [f"{batch} batches of epoch {about['epoch']}"] if batch is not None else []
+    said += [f"{samples:,} samples in all"] if samples is not None else []
+    return ", ".join(said) or "unknown"
 
 
 def _named(found: Opened, prefix: str, drop_tied: bool) -> dict[str, Tensor | stored.StoredTensor]:

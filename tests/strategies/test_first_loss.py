@@ -69,6 +69,7 @@ def test_another_program_is_found_by_its_first_loss(tmp_path: Path) -> None:
     first, second = (Manifest.read(tmp_path / "run" / "kept" / f"step={n}.ckpt") for n in (2, 4))
     assert len(first.id) == 32 and first.parent == "" and second.parent == first.id
     assert (first.samples, second.samples) == (8, 16) and first.loss is not None
+    assert (first.epoch, first.batch, second.batch) == (0, 2, 4)
     continued = Manifest.read(tmp_path / "run" / "again" / "kept" / "step=4.ckpt")
     assert continued.parent == first.id and continued.id != second.id
     assert continued.loss == pytest.approx(second.loss, abs=0)
