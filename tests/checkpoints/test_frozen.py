@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from lightning_bharat.checkpoints.opened import open_any, reader
 from lightning_bharat.checkpoints.saving import Compression, Saver
 from lightning_bharat.checkpoints.tiers import Tier, copy_to
 from lightning_bharat.checkpoints.whole import problems
+from lightning_bharat.cluster.warm import free_port
 from lightning_bharat.plan.elsewhere import is_elsewhere
+from tests.cluster.test_host_memory import FILES, SMALL, on_own_host
 from tests.modules import PlacedRows, Trained, fit
 from tests.ranks import run_ranks
 
@@ -88,6 +91,15 @@ def test_ranks_write_frozen_weights_once_and_again_when_they_were_changed_by_han
         assert not list(problems(path))
 
 
+def test_hosts_keep_the_frozen_files_of_the_host_before_in_memory_too(tmp_path: Path) -> None:
+    first = run_ranks(on_own_host, 2, str(tmp_path), free_port(), 5, {}, HalfFrozen)
+    frozen = [file.replace("rank", "frozen") for file in FILES]
+    assert [there for _, _, there in first] == 2 * [{"step=4.ckpt": sorted([*SMALL, *FILES, *frozen])}]
+    shutil.rmtree(tmp_path / "host1")
+    second = run_ranks(on_own_host, 2, str(tmp_path), free_port(), 7, {}, HalfFrozen)
+    assert [begun for _, begun, _ in second] == [4, 4]
+
+
 def save(saver: Saver, path: Path, base: torch.Tensor, step: int) -> Path:
     state = {"base": Share.of(base, frozen=True), "w": Share.of(torch.full((3,), float(step)))}
     saver.save(path, {"state_dict": state, "global_step": step}, Manifest.of({"global_step": step}))
@@ -127,3 +139,13 @@ def test_room_is_needed_for_what_is_written_alone(tmp_path: Path, monkeypatch: p
     save(saver, tmp_path / "b.ckpt", base, 2)
     with pytest.raises(WriteError, match="needs 40. KB"):
         save(Saver(), tmp_path / "c.ckpt", base, 3)
+
+
+def test_another_disk_gets_files_of_its_own(tmp_path: Path) -> None:
+    saver, base = Saver(), torch.randn(100)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        if Path(memory).stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("needs two file systems")
+        save(saver, Path(memory) / "a.ckpt", base, 1)
+        there = save(saver, tmp_path / "b.ckpt", base, 2)
+    assert [path.stat().st_nlink for path in there.glob("frozen_*")] == [1] and not list(problems(there))

@@ -45,7 +45,9 @@ class Patient(L.Callback):
         trainer.strategy.saves.writer.wait()
 
 
-def on_own_host(folder: str, port: int, steps: int, layout: dict[str, Any]) -> tuple[list[float], int, dict[str, Any]]:
+def on_own_host(
+    folder: str, port: int, steps: int, layout: dict[str, Any], module: Any = "gpt"
+) -> tuple[list[float], int, dict[str, Any]]:
     """Train as the only rank of a host: losses, the step begun at, and the files of checkpoints in its memory after."""
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     os.environ |= {"LOCAL_RANK": "0", PLACE_VARIABLE: f"{folder}/host{rank}"}
@@ -56,7 +58,7 @@ def on_own_host(folder: str, port: int, steps: int, layout: dict[str, Any]) -> t
     begun = Patient()
     keep = FaultTolerantCheckpoint(f"{folder}/disk", every_n_train_steps=100, memory_every_n_train_steps=2)
     options = {"enable_checkpointing": True, "default_root_dir": folder, "rows_kind": PlacedRows}
-    result = fit("gpt", layout, steps, ckpt="last", callbacks=[begun, keep], **options)
+    result = fit(module, layout, steps, ckpt="last", callbacks=[begun, keep], **options)
     there = {path.name: sorted(file.name for file in path.iterdir()) for path in checkpoints_in(memory.folder)}
     if dist.is_initialized():
         dist.barrier()  # servers answer until all are through
