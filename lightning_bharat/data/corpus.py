@@ -74,23 +74,54 @@ def _documents(file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8", newline="") as stream:
             yield from _lines(stream, file) if file.suffix == ".jsonl" else _passages(stream)
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise _not_text(file, error) from error
 
 
 def _lines(stream: TextIO, file: Path) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}, line {number} is not JSON ({error})") from error
-        text = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise DataError(f'{file}, line {number}: write {{"text": "the document"}} or a string in quotes')
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise DataError(f"{file}, line {number} holds half of a surrogate pair, which is no Unicode text")
-        yield text
+        if line.strip():
+            yield document_of_line(line, file, number)
+
+
+def document_of_line(line: str, file: Path, number: int) -> str:
+    """The document on a line of a ``.jsonl`` file.
+
+    Raises:
+        DataError: names the file and the line.
+    """
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{file}, line {number} is not JSON ({error})") from error
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise DataError(f'{file}, line {number}: write {{"text": "the document"}} or a string in quotes')
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{file}, line {number} holds half of a surrogate pair, which is no Unicode text")
+    return text
+
+
+def pieces(file: Path) -> Iterator[tuple[str, int]]:
+    """A file's text in pieces, each with the number of its first line: lines of a ``.jsonl``, passages of a ``.txt``.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            if file.suffix == ".jsonl":
+                yield from ((line, number) for number, line in enumerate(stream, start=1))
+                return
+            number = 1
+            for passage in _passages(stream):
+                yield passage, number
+                number += passage.count("\n")
+    except UnicodeDecodeError as error:
+        raise _not_text(file, error) from error
+
+
+def _not_text(file: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
 
 
 def _passages(stream: TextIO) -> Iterator[str]:

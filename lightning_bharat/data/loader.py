@@ -74,7 +74,7 @@ class OrderedLoader:
                 "it one length for each sample (or, by file, all samples of each file)"
             )
         self.dataset = dataset
-        self.batch_sampler = _Announced(batches, self._before_epoch)
+        self.batch_sampler = Announced(batches, self._before_epoch)
         self._batches = batches
         self._data = data
         self._finished_batches = finished_batches
@@ -166,10 +166,10 @@ class OrderedLoader:
         self._begun, self._handed = False, 0
 
 
-class _Announced:
-    """The batches' sizes, and the place where Lightning announces an epoch: ``batch_sampler.sampler.set_epoch``."""
+class Announced:
+    """Sizes of batches, and the place where Lightning announces an epoch: ``batch_sampler.sampler.set_epoch``."""
 
-    def __init__(self, batches: SharedBatches, set_epoch: Callable[[int], None]) -> None:
+    def __init__(self, batches: Any, set_epoch: Callable[[int], None]) -> None:
         self.batch_size = batches.batch_size
         self.drop_last = batches.drop_last
         self.sampler = self

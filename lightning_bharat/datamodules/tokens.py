@@ -265,7 +265,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def _refuse_smaller_model(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
-        room = None if module is None else _vocabulary(module)
+        room = None if module is None else vocabulary_of(module)
         if room is not None and room < self.prepared.known_tokens:
             raise DataError(
                 f"the model has room for vocab_size={room} tokens and the tokenizer of {self.folder} has "
@@ -274,7 +274,7 @@ class TokenDataModule(L.LightningDataModule):
             )
 
 
-def _vocabulary(module: L.LightningModule) -> int | None:
+def vocabulary_of(module: L.LightningModule) -> int | None:
     """The size of a model's vocabulary where it says it: in its hyperparameters, or in a ``config`` (Hugging Face)."""
     sizes = [module.hparams.get("vocab_size")]
     sizes += [getattr(getattr(part, "config", None), "vocab_size", None) for part in module.modules()]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import input as benchmark
+from benchmarks import input_stages
+from benchmarks import input_workers as benchmark
 from benchmarks.paired import Interval
 
 
@@ -18,6 +19,17 @@ def test_a_run_of_the_default_loader(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert benchmark.Pictures(tmp_path)[0].shape == (3,)
     run = benchmark.fit(tmp_path, tunes=False)
     assert run.workers == 0 and 0 < run.wait_after < 1 and run.step > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_run_from_text(beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "STEP_SECONDS", 0.0)
+    monkeypatch.setattr(input_stages, "COPIES", 1)
+    input_stages.write_texts(tmp_path)
+    step, shares = input_stages.read(tmp_path, beside)
+    assert step > 0 and set(shares) == {"read", "tokenize", "pack", "augment", "batch", "train"}
+    assert shares["tokenize"] > shares["pack"] > 0
 
 
 def test_verdicts() -> None:
