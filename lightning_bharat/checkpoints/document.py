@@ -23,7 +23,7 @@ from lightning_bharat.checkpoints.share import Share
 
 STATE = "state.pt"
 MARK = "lightning_bharat.stored"  # {MARK: name} stands for a tensor that is stored in shares
-PLAIN = (type(None), bool, int, float, complex, str, bytes)
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 def take_shares(tree: Any) -> tuple[Any, dict[str, Share]]:
@@ -36,6 +36,8 @@ def take_shares(tree: Any) -> tuple[Any, dict[str, Share]]:
     names: dict[int, str] = {}
 
     def take(node: Any, where: tuple[str, ...]) -> Any:
+        if type(node) in PLAIN or type(node) is Tensor:
+            return node
         if isinstance(node, DTensor):
             node = Share.of(node)
         if isinstance(node, Share):
@@ -45,7 +47,7 @@ def take_shares(tree: Any) -> tuple[Any, dict[str, Share]]:
                     raise CheckpointError(f"two tensors of the checkpoint would be named {name!r}; rename one")
                 names[id(node)], shares[name] = name, node
             return {MARK: names[id(node)]}
-        if isinstance(node, Mapping):
+        if type(node) is dict or isinstance(node, Mapping):
             return {key: take(value, (*where, str(key))) for key, value in node.items()}
         if type(node) in (list, tuple):
             return type(node)(take(value, (*where, str(i))) for i, value in enumerate(node))
@@ -65,43 +67,52 @@ def put_back(tree: Any, stored: Callable[[str], Any]) -> Any:
     return tree
 
 
-def as_plain(tree: Any, where: str = "checkpoint") -> Any:
+def as_plain(tree: Any, where: str = "checkpoint", copy: bool = False) -> Any:
     """``tree`` in types that can be read back without running code: paths become strings, numpy's numbers Python's,
     subclasses of ``dict`` (such as ``AttributeDict``) dicts.
+
+    Args:
+        where: what it is, for errors.
+        copy: tensors are copied to host memory, and other objects are copied too, so that nothing changes it any more.
 
     Raises:
         CheckpointError: an object that can't be; the message gives its key.
     """
-    if type(tree) in PLAIN or type(tree) in (Tensor, torch.dtype, torch.device, torch.Size):
+    kind = type(tree)
+    if kind in PLAIN or kind in (torch.dtype, torch.device, torch.Size):
         return tree
-    if isinstance(tree, torch.nn.Parameter):
-        return tree.detach()
-    if isinstance(tree, os.PathLike):
+    if kind is Tensor and copy:
+        return tree.detach().to("cpu", copy=True).requires_grad_(tree.requires_grad)
+    if kind is Tensor:
+        return tree
+    if kind is not dict and isinstance(tree, torch.nn.Parameter):
+        return as_plain(tree.detach(), where, copy)
+    if kind is not dict and isinstance(tree, os.PathLike):
         return os.fspath(tree)
-    if isinstance(tree, Mapping):
-        return {as_plain(key, f"{where} key"): as_plain(value, f"{where}[{key!r}]") for key, value in tree.items()}
-    if type(tree) in (list, tuple, set):
-        return type(tree)(as_plain(value, f"{where}[{i}]") for i, value in enumerate(tree))
-    if type(tree).__module__ == "numpy" and hasattr(tree, "item") and getattr(tree, "ndim", None) == 0:
+    if kind is dict or isinstance(tree, Mapping):
+        return {
+            (key if type(key) is str else as_plain(key, f"{where} key")): (
+                value if type(value) in PLAIN else as_plain(value, f"{where}[{key!r}]", copy)
+            )
+            for key, value in tree.items()
+        }
+    if kind in (list, tuple, set):
+        if PLAIN.issuperset(map(type, tree)):  # thousands of numbers of a generator's state, for instance
+            return kind(tree)
+        return kind(as_plain(value, f"{where}[{i}]", copy) for i, value in enumerate(tree))
+    if kind.__module__ == "numpy" and hasattr(tree, "item") and getattr(tree, "ndim", None) == 0:
         return as_plain(tree.item(), where)
-    if not isinstance(tree, Enum) and _comes_back(tree):  # torch's own list of safe types, and what a user added to it
-        return tree
+    if not isinstance(tree, Enum):
+        try:  # torch's own list of safe types, and what a user added to it
+            found = state_of(state_bytes(tree))
+            return found if copy else tree
+        except Exception:  # torch's, pickle's, and the object's own
+            pass
     raise CheckpointError(
-        f"{where} is a {type(tree).__module__}.{type(tree).__qualname__}, which can't be read back from a file without "
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which can't be read back from a file without "
         f"running code; store numbers, strings, lists, dicts or tensors instead (for a hyperparameter: "
         f"save_hyperparameters(ignore=[...]))"
     )
-
-
-def _comes_back(value: Any) -> bool:
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True, map_location="cpu")
-    except Exception:
-        return False
-    return True
 
 
 def state_bytes(tree: Any) -> bytes:
@@ -109,6 +120,11 @@ def state_bytes(tree: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     return buffer.getvalue()
+
+
+def state_of(content: bytes) -> Any:
+    """What :func:`state_bytes` was given. No code is run."""
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
 def write_state(folder: Path, content: bytes) -> None:

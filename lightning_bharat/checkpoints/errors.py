@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,6 +83,11 @@ def on_all_ranks(value: T) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def highest_of_all(values: Sequence[int]) -> list[int]:
+    """Each of ``values`` as the rank has it that has most. All ranks must call it."""
+    return [max(column) for column in zip(*on_all_ranks(list(values)), strict=True)]
 
 
 def in_words(error: Exception) -> str:

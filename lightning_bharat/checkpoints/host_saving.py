@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.document import STATE
-from lightning_bharat.checkpoints.errors import disk_errors
 from lightning_bharat.checkpoints.host_memory import Hosts, here
 from lightning_bharat.checkpoints.index import INDEX
 from lightning_bharat.checkpoints.manifest import COMMIT, MANIFEST, Manifest
@@ -31,49 +29,45 @@ class HostSaving(Saving):
 
     @classmethod
     def of(cls, saving: Saving, hosts: Hosts) -> HostSaving:
-        """``saving`` under the names that this host has for its folder."""
-        places = {"path": here(saving.path), "staging": here(saving.staging)}
-        return cls(**{**vars(saving), **places, "hosts": hosts})
+        """``saving`` under the name that this host has for its folder."""
+        return cls(**{**vars(saving), "path": here(saving.path), "hosts": hosts})
 
     def write(self, ranks: Ranks) -> None:
-        try:
-            with disk_errors():
-                owners = ranks.finish(self._write_here, self._describe)
-                ranks.finish(lambda: self._fetch_all(owners), lambda _: None)
-                ranks.finish(self._name, lambda _: None)  # nobody fetches from the hidden directory any more
-        except BaseException:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            raise
+        with self._staged(ranks) as staging:
+            owners = ranks.finish(lambda: self._write_here(staging), lambda written: self._describe(staging, written))
+            ranks.finish(lambda: self._fetch_all(staging, owners), lambda _: None)
+            # Nobody fetches from the hidden directory any more.
+            ranks.finish(lambda: self._name(staging), lambda _: None)
         if _is_first_here():
             forget_others(self.path, self.path.parent)
 
-    def _write_here(self) -> dict[str, Any]:
-        self.staging.mkdir(parents=True, exist_ok=True)
-        return {**self._write_own(), "host": self.hosts.here}
+    def _write_here(self, staging: Path) -> dict[str, Any]:
+        staging.mkdir(parents=True, exist_ok=True)
+        return {**self._write_own(staging), "host": self.hosts.here}
 
-    def _describe(self, written: list[dict[str, Any]]) -> dict[str, int]:
+    def _describe(self, staging: Path, written: list[dict[str, Any]]) -> dict[str, int]:
         """Whose each file is."""
-        self._complete(written)
+        self._complete(staging, written)
         return {name: own["host"] for own in written for name in own["files"]}
 
-    def _fetch_all(self, owners: dict[str, int]) -> None:
+    def _fetch_all(self, staging: Path, owners: dict[str, int]) -> None:
         """What this host has to have beside its own files."""
         if not _is_first_here():
             return
         for name in SMALL if self.hosts.here else ():
-            self._fetch(0, name)
-        manifest = Manifest.alone(self.staging)
+            self._fetch(staging, 0, name)
+        manifest = Manifest.alone(staging)
         before = self.hosts.before
         for name in (name for name, owner in owners.items() if owner == before != self.hosts.here):
-            self._fetch(before, name)
-            manifest.check_file(self.staging / name)
+            self._fetch(staging, before, name)
+            manifest.check_file(staging / name)
 
-    def _name(self) -> None:
+    def _name(self, staging: Path) -> None:
         if _is_first_here():
-            directory.commit(self.staging, self.path)
+            directory.commit(staging, self.path)
 
-    def _fetch(self, host: int, name: str) -> None:
-        self.hosts.fetch(host, self.staging.name, name, self.staging / name)
+    def _fetch(self, staging: Path, host: int, name: str) -> None:
+        self.hosts.fetch(host, staging.name, name, staging / name)
 
 
 def forget_others(kept: Path | None, folder: Path) -> None:

@@ -24,6 +24,7 @@ from lightning_bharat.plan.elsewhere import is_elsewhere
 from lightning_bharat.plan.shards import gather, shape_of_whole
 
 
+@torch.no_grad()
 def state_by_name(
     optimizer: Optimizer, names: Mapping[int, str], slices: Slices, stages: Stages | None = None
 ) -> dict[str, Any]:

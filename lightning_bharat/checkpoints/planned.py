@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from lightning_bharat.checkpoints.errors import CheckpointError, on_all_ranks
+from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.index import chunk_key
 from lightning_bharat.checkpoints.safetensors_file import Entry
 from lightning_bharat.checkpoints.share import Share
@@ -30,6 +30,7 @@ class Planned:
     Attributes:
         file: name of this rank's file.
         items: the rectangles that go into it.
+        keys: theirs in the file.
         metadata: of all tensors; rank 0 alone has it.
         files: the file of each rectangle; rank 0 alone has them.
         total: bytes of tensors that all ranks write.
@@ -37,33 +38,45 @@ class Planned:
 
     file: str
     items: tuple[WriteItem, ...]
+    keys: tuple[str, ...]
     metadata: Metadata | None = None
     files: dict[MetadataIndex, str] = field(default_factory=dict)
     total: int = 0
 
     def entries(self, shares: Mapping[str, Share]) -> list[Entry]:
         """What this rank writes, as views of the memory of ``shares``."""
-        return [_entry(item, shares[item.index.fqn]) for item in self.items]
+        return [_entry(item, key, shares[item.index.fqn]) for item, key in zip(self.items, self.keys, strict=True)]
 
 
 class Planner:
     """Makes the plan of a save, and keeps it for those that follow."""
 
     def __init__(self) -> None:
-        self._asked: list[WriteItem] | None = None
+        self._asked: list[tuple] | None = None
         self._made: Planned | None = None
 
+    def known(self, shares: Mapping[str, Share]) -> Planned | None:
+        """The plan of the last save, if this rank's ``shares`` are as they were then."""
+        return self._made if self._asked is not None and _asked(shares) == self._asked else None
+
     def plan(self, shares: Mapping[str, Share]) -> Planned:
-        """Who writes which rectangles of ``shares``. All ranks must call it.
+        """Who writes which rectangles of ``shares``. All ranks must call it, where one of them knows no plan.
 
         Raises:
             CheckpointError: on every rank, where the rectangles leave a gap.
         """
-        asked = [item for name, share in shares.items() for item in _write_items(name, share)]
-        if self._made is None or not all(on_all_ranks(asked == self._asked)):
-            self._asked, self._made = None, _plan(asked)
-            self._asked = asked
+        self._asked = None
+        self._made = _plan([item for name, share in shares.items() for item in _write_items(name, share)])
+        self._asked = _asked(shares)
         return self._made
+
+
+def _asked(shares: Mapping[str, Share]) -> list[tuple]:
+    """All that a plan depends on."""
+    return [
+        (name, share.dtype, share.shape, share.writes, [(piece.offsets, piece.local.shape) for piece in share.pieces])
+        for name, share in shares.items()
+    ]
 
 
 def _plan(asked: list[WriteItem]) -> Planned:
@@ -92,9 +105,13 @@ def _for_all(plans: Sequence[SavePlan]) -> list[Planned]:
     names = [f"rank_{rank:05d}.safetensors" for rank in range(len(made))]
     files = {item.index: name for name, plan in zip(names, made, strict=True) for item in plan.items}
     total = sum(_nbytes(item) for plan in made for item in plan.items)
-    first = Planned(names[0], tuple(made[0].items), metadata, files, total)
+    first = Planned(names[0], tuple(made[0].items), _keys(made[0]), metadata, files, total)
     rest = zip(names[1:], made[1:], strict=True)
-    return [first, *(Planned(name, tuple(plan.items), total=total) for name, plan in rest)]
+    return [first, *(Planned(name, tuple(plan.items), _keys(plan), total=total) for name, plan in rest)]
+
+
+def _keys(plan: SavePlan) -> tuple[str, ...]:
+    return tuple(chunk_key(item.index.fqn, item.tensor_data.size, item.tensor_data.chunk) for item in plan.items)  # type: ignore[union-attr]
 
 
 def chunks(share: Share) -> list[ChunkStorageMetadata]:
@@ -114,10 +131,9 @@ def _write_items(name: str, share: Share) -> list[WriteItem]:
     ]
 
 
-def _entry(item: WriteItem, share: Share) -> Entry:
+def _entry(item: WriteItem, key: str, share: Share) -> Entry:
     data = item.tensor_data
     assert data is not None
-    key = chunk_key(item.index.fqn, data.size, data.chunk)
     return Entry(
         key, data.properties.dtype, tuple(data.chunk.sizes), partial(share.at, item.index.offset), share.frozen
     )

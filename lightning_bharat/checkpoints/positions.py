@@ -5,24 +5,20 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch.distributed as dist
-
+from lightning_bharat.checkpoints.told import Told
 from lightning_bharat.plan.layout import Layout
 
 POSITIONS = "lightning_bharat_loaders"
 
 
 def with_positions(checkpoint: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """Lightning's dict with the states of all data ranks' loaders, where they differ. All ranks must call it."""
-    own = _states(checkpoint)
-    everyone: list[Any] = [own]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-    of_data = [everyone[layout.rank(data=i)] for i in range(layout.data)] if len(everyone) > 1 else everyone
-    if all(_equal(state, of_data[0]) for state in of_data):
-        return checkpoint
-    return {**checkpoint, POSITIONS: of_data}
+    """Lightning's dict with the states of all data ranks' loaders, where they differ."""
+
+    def together(of_ranks: list[Any]) -> list[Any] | None:
+        of_data = [of_ranks[layout.rank(data=i)] for i in range(layout.data)] if len(of_ranks) > 1 else of_ranks
+        return None if all(_equal(state, of_data[0]) for state in of_data) else of_data
+
+    return {**checkpoint, POSITIONS: Told(_states(checkpoint), together)}
 
 
 def take_position(checkpoint: dict[str, Any], layout: Layout, rank: int) -> None:

@@ -12,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_bharat.plan.shards import Piece, TensorSlice, pieces, shape_of_whole
 
+MOST_KNOWN = 4096
+_offsets: dict[tuple, tuple[int, ...]] = {}  # of a tensor that is so placed; torch takes a while to tell them
+
 
 @dataclass(frozen=True, eq=False)
 class Share:
@@ -73,6 +76,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _of_dtensor(tensor: DTensor) -> list[Piece]:
     """Rectangles of a ``DTensor`` with any placements, as it tells them itself to torch's distributed checkpoints."""
-    (chunk,) = tensor.__create_chunk_list__()
     local = _local(tensor)
-    return [Piece(tuple(chunk.offsets), local)] if local.numel() else []
+    if not local.numel():
+        return []
+    mesh = tensor.device_mesh
+    where = (mesh, tuple(mesh.get_coordinate() or ()), tensor.placements, tensor.shape)
+    if where not in _offsets:
+        if len(_offsets) >= MOST_KNOWN:
+            _offsets.clear()
+        (chunk,) = tensor.__create_chunk_list__()
+        _offsets[where] = tuple(chunk.offsets)
+    return [Piece(_offsets[where], local)]

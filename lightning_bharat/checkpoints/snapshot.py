@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ Later = Callable[[Tensor], Tensor | None]
 _ALIGNED = 64  # bytes: a cache line, and no less than any type asks for
 
 
-@dataclass(frozen=True)
-class _Left:
+class _Left(NamedTuple):
     """What is to be copied; ``owner`` counts changes of it in ``version``."""
 
     name: str
@@ -88,6 +86,8 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        self._copies: list[Tensor] = []
 
     @torch.no_grad()
     def copy(self, entries: Sequence[Entry], later: Later = lambda tensor: None) -> Snapshot:
@@ -99,25 +99,33 @@ class HostMemory:
         """
         sources = [entry.read().detach() for entry in entries]
         devices = {source.device for source in sources if source.device.type != "cpu"}
-        self._make_room(sum(map(_room, entries)), bool(devices))
-        copies, left, begin = [], [], 0
-        for entry, source in zip(entries, sources, strict=True):
-            target = self._bytes[begin : begin + entry.nbytes].view(entry.dtype).view(entry.shape)
+        self._make_room(entries, bool(devices))
+        copies, left = [], []
+        for entry, source, target in zip(entries, sources, self._copies, strict=True):
             owner = later(source)
             if owner is not None:
                 left.append(_Left(entry.key, source, target, owner, owner._version))
             else:
                 target.copy_(source, non_blocking=True)
-            copies.append(replace(entry, read=partial(_itself, target)))
-            begin += _room(entry)
+            copies.append(Entry(entry.key, entry.dtype, entry.shape, partial(_itself, target), entry.frozen))
         for device in devices:
             torch.get_device_module(device).current_stream(device).synchronize()
         return Snapshot(copies, left)
 
-    def _make_room(self, size: int, pinned: bool) -> None:
-        if self._bytes.numel() < size or (pinned and not self._bytes.is_pinned()):
+    def _make_room(self, entries: Sequence[Entry], pinned: bool) -> None:
+        shapes = [(entry.dtype, entry.shape) for entry in entries]
+        fits = not pinned or self._bytes.is_pinned()
+        if fits and shapes == self._shapes:
+            return
+        self._shapes, self._copies, size, begin = [], [], sum(map(_room, entries)), 0
+        if self._bytes.numel() < size or not fits:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # first free what there is
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        for entry in entries:
+            part = self._bytes[begin : begin + entry.nbytes]
+            self._copies.append(part.view(entry.dtype).view(entry.shape))
+            begin += _room(entry)
+        self._shapes = shapes
 
 
 def _room(entry: Entry) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_bharat.checkpoints.document import PLAIN
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.share import Share
 from lightning_bharat.checkpoints.stages import Stages
@@ -30,17 +31,26 @@ class LikeWeights(dict[str, Any]):
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
     """Full name of each parameter by its ``id``; the first name of tied ones."""
+    in_place(module)
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def in_place(module: nn.Module) -> None:
+    """Have the sharded parameters in the module: after an evaluation the root may hold gathered ones, which are other
+    objects."""
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
-            unit.reshard()  # after an evaluation the root may hold gathered parameters, which are other objects
-    return {id(parameter): name for name, parameter in module.named_parameters()}
+            unit.reshard()
 
 
 def first_names(module: nn.Module) -> dict[str, str]:
     """For each name of a parameter or buffer the first name that the same tensor has."""
+    return _firsts([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def _firsts(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     found: dict[int, str] = {}
-    both = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: found.setdefault(id(tensor), name) for name, tensor in both}
+    return {name: found.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def names_elsewhere(module: nn.Module) -> set[str]:
@@ -48,6 +58,7 @@ def names_elsewhere(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters(remove_duplicate=False) if is_elsewhere(p)}
 
 
+@torch.no_grad()
 def as_shares(
     state: Mapping[str, Any], module: nn.Module, slices: Slices, first_replica: bool, stages: Stages | None = None
 ) -> dict[str, Any]:
@@ -59,9 +70,10 @@ def as_shares(
         CheckpointError: the module is cut and ``state`` has a tensor under a name that isn't the module's, so that it
             can't be known how it is cut.
     """
-    parameter_names(module)  # for its side: sharded parameters are in place
-    firsts, parameters = first_names(module), dict(module.named_parameters(remove_duplicate=False))
-    known, gone = module.state_dict().keys(), names_elsewhere(module)
+    in_place(module)
+    named = list(module.named_parameters(remove_duplicate=False))
+    firsts, parameters = _firsts([*named, *module.named_buffers(remove_duplicate=False)]), dict(named)
+    known, gone = module.state_dict().keys() if slices else (), {name for name, p in named if is_elsewhere(p)}
     made: dict[str, Share] = {}
     shares: dict[str, Any] = {}
     for name, value in state.items():
@@ -89,9 +101,11 @@ def as_shares(
 
 def with_shares(tree: Any, module: nn.Module, slices: Slices, first_replica: bool, stages: Stages | None = None) -> Any:
     """``tree`` with :func:`as_shares` of each :class:`LikeWeights` in it."""
+    if type(tree) in PLAIN or type(tree) is Share:
+        return tree
     if isinstance(tree, LikeWeights):
         return as_shares(tree, module, slices, first_replica, stages)
-    if isinstance(tree, Mapping):
+    if type(tree) is dict or isinstance(tree, Mapping):
         return {key: with_shares(value, module, slices, first_replica, stages) for key, value in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)(with_shares(value, module, slices, first_replica, stages) for value in tree)

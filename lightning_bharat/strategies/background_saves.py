@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from lightning_bharat.checkpoints import host_memory
 from lightning_bharat.checkpoints.background import Background, InStore
 from lightning_bharat.checkpoints.host_saving import HostSaving
 from lightning_bharat.checkpoints.manifest import Manifest
-from lightning_bharat.checkpoints.saving import Saver, Saving
+from lightning_bharat.checkpoints.saving import InGroup, Saver, Saving
 from lightning_bharat.strategies._torch import default_store
+from lightning_bharat.strategies.collectives import highest_of
 
 _runs = count()
 
@@ -34,6 +36,7 @@ class BackgroundSaves:
         saver: makes them.
         last: the save that was begun last.
         waited: seconds that steps have waited for its copy.
+        puts_off: whether a save that comes now does not wait for its end (:meth:`put_off`).
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -42,7 +45,7 @@ class BackgroundSaves:
         self.waited = 0.0
         self.saver, self._strategy = Saver(), strategy
         self._ranks: InStore | None = None
-        self._puts_off = self._is_changed = False
+        self.puts_off = self._is_changed = False
 
     def copied(self) -> None:
         """Wait until the last save has its copy. To be called before anything changes weights."""
@@ -70,11 +73,11 @@ class BackgroundSaves:
 
         A save to the folder of ``host_memory.hosts()`` goes to that of each host.
         """
-        self._puts_off = True
+        self.puts_off = True
         try:
             yield
         finally:
-            self._puts_off = False
+            self.puts_off = False
 
     def save(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest) -> None:
         """Save, or begin to. All ranks must call it.
@@ -83,16 +86,16 @@ class BackgroundSaves:
             CheckpointError: on every rank with the same words; of what is put off, ``writer`` has the error.
         """
         self.writer.wait()
-        if not self._puts_off:
-            self.saver.save(path, checkpoint, manifest)
+        highest = partial(highest_of, self._strategy)
+        if not self.puts_off:
+            self.saver.begin(path, checkpoint, manifest, highest=highest).write(InGroup())
             return
         if self._ranks is None:
             self._ranks = self._meet()
         self.waited, ranks = 0.0, self._ranks
         steady = {} if self._is_changed else _stepped_on(self._strategy.optimizers)
-        self.last = self.saver.begin(
-            path, checkpoint, manifest, copy=True, later=lambda part: steady.get(part.untyped_storage().data_ptr())
-        )
+        later = lambda part: steady.get(part.untyped_storage().data_ptr())  # noqa: E731
+        self.last = self.saver.begin(path, checkpoint, manifest, copy=True, later=later, highest=highest)
         hosts = host_memory.hosts()
         if hosts is not None and str(path.parent) in hosts.folders:
             self.last = HostSaving.of(self.last, hosts)

@@ -24,6 +24,8 @@ def compare_buffers(module: nn.Module, group: dist.ProcessGroup, device: torch.d
         BuffersError: on all of these ranks, with the name of a buffer that differs.
     """
     digests = {name: _digest(buffer) for name, buffer in kept_buffers(module)}
+    if not digests:  # nor has another rank any
+        return
     mine = xxhash.xxh3_64(repr(digests).encode()).intdigest() >> 1
     pair = torch.tensor([mine, -mine], device=device)
     dist.all_reduce(pair, dist.ReduceOp.MAX, group=group)
@@ -42,8 +44,9 @@ def compare_buffers(module: nn.Module, group: dist.ProcessGroup, device: torch.d
 
 def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers of ``module`` that checkpoints keep, but those of metrics: each rank counts its own rows in them."""
-    metrics = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Metric))
-    for name, buffer in persistent_buffers(module):
+    kept = list(persistent_buffers(module))
+    metrics = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Metric)) if kept else ()
+    for name, buffer in kept:
         if not name.startswith(metrics) and not buffer.is_meta:
             yield name, buffer
 

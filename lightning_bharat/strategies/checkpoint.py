@@ -29,12 +29,15 @@ from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
 from lightning_bharat.checkpoints.opened import content_of
 from lightning_bharat.checkpoints.positions import take_position, with_positions
 from lightning_bharat.checkpoints.stages import Stages
+from lightning_bharat.checkpoints.told import gathered
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
 from lightning_bharat.strategies import _lightning, metric_states
 from lightning_bharat.strategies.background_saves import BackgroundSaves
 from lightning_bharat.strategies.randomness import RandomStates
+
+AFTER_SAVE = "Trainer.save_checkpoint"  # Lightning's name of its barrier
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -110,8 +113,7 @@ class ShardedCheckpoints(_Base):
         """
         if storage_options is not None:
             raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to file systems only")
-        path = directory.local_path(self.broadcast(filepath))
-        module = self._module()
+        path, module = directory.local_path(filepath), self._module()
         manifest = Manifest.of(checkpoint, self.layout, self.plan_to_save(), module, self.batches())
         manifest = replace(manifest, **self.facts(path))
         checkpoint = with_positions(self.to_go_on(checkpoint), self.layout)
@@ -121,7 +123,13 @@ class ShardedCheckpoints(_Base):
             content = weights.with_shares(content, module, self.slices, self._is_first_replica(), self.stages)
             self.saves.save(path, content, manifest)
         else:
-            on_rank_zero(lambda: self._save_plain(checkpoint, path, manifest))
+            whole = gathered(checkpoint)
+            on_rank_zero(lambda: self._save_plain(whole, path, manifest))
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks; not after a save that has only begun: what follows it waits for its end."""
+        if not (name == AFTER_SAVE and self.saves.puts_off):
+            super().barrier(name)  # type: ignore[safe-super]
 
     def to_go_on(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """``checkpoint`` with what Lightning does not save. All ranks must call it."""

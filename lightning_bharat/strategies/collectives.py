@@ -21,9 +21,14 @@ T = TypeVar("T")
 
 def highest(trainer: Any, values: Sequence[int]) -> list[int]:
     """Each of ``values`` as the rank has it that has most. All ranks of ``trainer`` must call it."""
-    if trainer.world_size == 1:
-        return list(values)
-    numbers = torch.tensor(values, dtype=torch.int64, device=trainer.strategy.root_device)
+    return highest_of(trainer.strategy, values) if trainer.world_size > 1 else list(values)
+
+
+def highest_of(strategy: Any, values: Sequence[int]) -> list[int]:
+    """:func:`highest`, of all ranks of ``strategy``."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(map(int, values))
+    numbers = torch.tensor(values, dtype=torch.int64, device=strategy.root_device)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
 

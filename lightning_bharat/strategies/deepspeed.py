@@ -18,6 +18,7 @@ from lightning_bharat.checkpoints.document import as_plain
 from lightning_bharat.checkpoints.errors import CheckpointError, together
 from lightning_bharat.checkpoints.opened import content_of
 from lightning_bharat.checkpoints.positions import take_position, with_positions
+from lightning_bharat.checkpoints.told import gathered
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.strategies import _deepspeed, _lightning, deepspeed_state
 from lightning_bharat.strategies.deepspeed_config import DeepSpeedConfig
@@ -132,7 +133,7 @@ class DeepSpeedStrategy(EndsTogether, LightningsStrategy):
             raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to file systems only")
         path = directory.local_path(self.broadcast(filepath))
         rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        rest = with_positions(rest, Layout(data=self.world_size))
+        rest = gathered(with_positions(rest, Layout(data=self.world_size)))
         rest = together(lambda: as_plain(rest))
         with directory.new_directory(path) as staging:
             super().save_checkpoint(rest, staging)

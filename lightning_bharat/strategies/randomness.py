@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from lightning_bharat.checkpoints.told import Told
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.streams import TensorStream
 
@@ -63,22 +64,19 @@ class RandomStates:
     def with_states(
         self, checkpoint: dict[str, Any], layout: Layout, device: torch.device, in_validation: bool = False
     ) -> dict[str, Any]:
-        """Lightning's dict with the states of all data ranks, or the one that they share. All ranks must call it.
+        """Lightning's dict with the states of all data ranks, or the one that they share.
 
         Args:
             in_validation: states are those of its beginning, for it is run anew.
         """
         begun = self._before_validation if in_validation else None
-        of_data = [_plain(begun or _states(device))]
-        if dist.is_initialized():
-            own, digests = of_data[0], [0] * dist.get_world_size()
-            dist.all_gather_object(digests, _digest(own))
-            ranks = [layout.rank(data=i) for i in range(layout.data)]
-            if len({digests[rank] for rank in ranks}) > 1:
-                everyone: list[Any] = [None] * len(digests)
-                dist.all_gather_object(everyone, own)
-                of_data = [everyone[rank] for rank in ranks]
-        return {**checkpoint, self.KEY: of_data}
+        own = _plain(begun or _states(device))
+
+        def together(of_ranks: list[Any]) -> list[Any]:
+            of_data = [of_ranks[layout.rank(data=i)] for i in range(layout.data)] if len(of_ranks) > 1 else of_ranks
+            return of_data if len(set(map(_digest, of_data))) > 1 else of_data[:1]
+
+        return {**checkpoint, self.KEY: Told(own, together)}
 
     def read(self, checkpoint: Mapping[str, Any], layout: Layout, rank: int, device: torch.device) -> None:
         """Draw on from the states of a checkpoint. The first iteration over the loaders comes next."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch.distributed as dist
 from torchmetrics import Metric
 
+from lightning_bharat.checkpoints.told import Told
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.strategies import _lightning, _torchmetrics
 
@@ -29,18 +29,14 @@ class Unfinished:
         self._before_validation: dict[str, Any] | None = None
 
     def with_state(self, checkpoint: dict[str, Any], trainer: Any, layout: Layout) -> dict[str, Any]:
-        """Lightning's dict with what all ranks have. All ranks must call it."""
+        """Lightning's dict with what all ranks have."""
         begun = self._before_validation if _lightning.in_validation(trainer) else None
         own = {
             "logged": _lightning.logged(trainer),
             "last": _lightning.last_values(trainer),
             "metrics": _states(trainer.lightning_module) if begun is None else begun,
         }
-        of_ranks: list[Any] = [own]
-        if dist.is_initialized():
-            of_ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(of_ranks, own)
-        return {**checkpoint, KEY: {"layout": asdict(layout), "of_ranks": of_ranks}}
+        return {**checkpoint, KEY: Told(own, lambda of_ranks: {"layout": asdict(layout), "of_ranks": of_ranks})}
 
     def read(self, checkpoint: Mapping[str, Any], layout: Layout, rank: int) -> None:
         """Remember what the run goes on with."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning_bharat.checkpoints import Checkpoint, CheckpointError
 from lightning_bharat.checkpoints.background import Background, InStore
 from lightning_bharat.checkpoints.directory import need_space
+from lightning_bharat.checkpoints.errors import on_rank_zero
 from lightning_bharat.checkpoints.manifest import Manifest
 from lightning_bharat.checkpoints.safetensors_file import Entry
 from lightning_bharat.checkpoints.saving import Saver
@@ -165,11 +166,10 @@ def save_twice(folder: str) -> list[int]:
 class _AtOnce:
     """The ranks of this test write one after another."""
 
-    def finish(self, own: Any, last: Any) -> None:
+    def finish(self, own: Any, last: Any) -> Any:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own())
-        if dist.get_rank() == 0:
-            last(everyone)
+        return on_rank_zero(lambda: last(everyone))
 
 
 def test_a_plan_is_kept_for_saves_of_the_same_shapes(tmp_path: Path) -> None:
