@@ -67,7 +67,7 @@ class TokenBatches(LengthBatches):
     def _refuse_no_step(self) -> None:
         raise DataError(
             f"{self.length} samples are fewer than one step of max_tokens={self.batch_size} takes on "
-            f"{self.num_replicas} data ranks; run on fewer data ranks, write drop_last=False, or give more samples"
+            f"{self.num_replicas} data ranks; give more samples, or write drop_last=False"
         )
 
     def _slots(self, samples: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:

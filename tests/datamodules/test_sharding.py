@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_bharat import HybridStrategy
+from lightning_bharat import HybridStrategy, Layout
 from lightning_bharat.data import IGNORED, DataError, OrderedLoader, TokenBatches
 from lightning_bharat.data import pack as packing
 from lightning_bharat.models import GPTConfig, GPTModule
@@ -117,6 +117,32 @@ def test_ranks_read_and_compute_what_one_process_does(folder: Path) -> None:
             assert mean_losses(four[::2], way) == pytest.approx(losses[:2], rel=1e-9)
     widths = {len(batch) for batch in two[0]["tokens"]["read"]}
     assert len(widths) > 1, "steps of token budgets differ in rows"
+
+
+class ToTensorRanks(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == STOP:
+            trainer.strategy.relayout(Layout(tensor=2))
+
+
+def change_layout(folder: Path, max_tokens: int) -> dict[str, Any]:
+    ranks = int(os.environ["WORLD_SIZE"])
+    strategy: Any = HybridStrategy(data_parallel_size=2, token_weighted=True) if ranks > 1 else "auto"
+    options: dict[str, Any] = {"devices": ranks, "precision": "64-true", "default_root_dir": folder}
+    module, source = Learner(), data(folder, sequence_length=LONG, sharding="tokens", max_tokens=max_tokens)
+    callbacks = [ToTensorRanks()] if ranks > 1 else []
+    trainer(strategy=strategy, max_steps=STEPS, max_epochs=-1, callbacks=callbacks, **options).fit(module, source)
+    return {"tokens": {"read": module.read, "losses": module.losses}}
+
+
+def test_a_running_job_keeps_its_token_budget(folder: Path) -> None:
+    """Two data ranks become two tensor ranks, which have the tokens of both."""
+    (one,) = run_ranks(change_layout, 1, folder, 512)
+    two = run_ranks(change_layout, 2, folder, 256)
+    whole = joined([one], "tokens")
+    assert joined(two, "tokens")[:STOP] == whole[:STOP]
+    assert joined(two[:1], "tokens")[STOP:] == whole[STOP:]
+    assert mean_losses(two[:1], "tokens")[STOP:] == pytest.approx(mean_losses([one], "tokens")[STOP:], rel=1e-9)
 
 
 def test_an_epoch_of_the_trainer_is_all_of_the_data(folder: Path) -> None:
