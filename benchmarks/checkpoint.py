@@ -52,6 +52,7 @@ SIZES = {  # bytes of weights and AdamW's two states, in float32
     "large": GPTConfig(8192, 1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8),  # 1.0 GB
 }
 TIME = 64  # tokens of a step
+LEAST_ROUNDS = 6
 GOALS = {"stall": 0.05, "save against DCP": 1.0, "save against Lightning": 1.0}
 GOALS |= {"load against DCP": 1.0, "load against Lightning": 1.0}
 
@@ -221,7 +222,10 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12, help="rounds that count (default: 12)")
     parser.add_argument("--folder", help="where checkpoints are written (default: the system's for temporary files)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds {options.rounds}: an interval takes {LEAST_ROUNDS} at least")
+    return options
 
 
 if __name__ == "__main__":

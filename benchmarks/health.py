@@ -1,7 +1,7 @@
 """What HealthMonitor costs, whether it is quiet where nothing is wrong, and how soon it finds what is.
 
     python -m benchmarks.health
-    python -m benchmarks.health --part cost --layout data=1 --pairs 100
+    python -m benchmarks.health --part cost --layout data=1 --pairs 50
 
 *cost*: three loops live in the same ranks and advance by one step in turns: with the monitor, without, and without once
 more. Its own work is the CPU time of its hooks, as a share of that of a step of 50 ms, and of its threads in the time
@@ -101,7 +101,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.health", description=__doc__, formatter_class=form)
     parser.add_argument("--part", action="append", choices=PARTS, help="may be given again (default: all)")
     parser.add_argument("--layout", action="append", help=f"may be given again (default: {' '.join(LAYOUTS)})")
-    parser.add_argument("--pairs", type=int, default=200, help="rounds of cost (default: 200)")
+    parser.add_argument("--pairs", type=int, default=100, help="rounds of cost (default: 100)")
     parser.add_argument("--steps", type=int, default=10_000, help="of a simulated run (default: 10000)")
     parser.add_argument("--seeds", type=int, default=20, help="simulated runs (default: 20)")
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="may be given again (default: all)")

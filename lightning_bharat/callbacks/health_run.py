@@ -155,7 +155,9 @@ class Run:
     def _spiked(self, place: int, step: Step) -> Iterator[Finding]:
         # A norm's noise multiplies it, so its logarithm is looked at; that of a loss is added to it.
         for what, value, seen in (("loss", step.loss, step.loss), ("gradient norm", step.norm, _log(step.norm))):
-            detector = self._spikes.setdefault((place, what), SpikeDetector())
+            detector = self._spikes.get((place, what))
+            if detector is None:
+                detector = self._spikes[place, what] = SpikeDetector()
             if (far := detector.look(seen)) is not None:
                 usual = detector.usual() if what == "loss" else exp(detector.usual())
                 words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {usual:.4g}"

@@ -77,13 +77,15 @@ class BatchCheck:
                 tensor.masked_fill_(bad, 0)
             return bad.any()
         array = tensor.numpy()
-        if array.view(_UNSIGNED[array.dtype.itemsize]).max() < self.vocab_size:  # what is negative is large, too
+        unsigned = array.view(_UNSIGNED[array.dtype.itemsize])  # what is negative is large in it
+        if unsigned.max() < self.vocab_size:
             return False
-        wrong = ((tensor < 0) | (tensor >= self.vocab_size)) & (tensor != IGNORED)
-        found = bool(wrong.any())
-        if self._mend and found:
-            tensor.masked_fill_(wrong, 0)
-        return found
+        outside = np.count_nonzero(unsigned >= self.vocab_size)
+        if outside == np.count_nonzero(array == IGNORED):  # of which each is outside
+            return False
+        if self._mend:
+            array[(unsigned >= self.vocab_size) & (array != IGNORED)] = 0
+        return True
 
 
 def of_loader(error: BaseException, batch_index: int) -> Finding | None:

@@ -14,6 +14,7 @@ SAMPLES = 10  # of which the least counts: what a step holds for a while is no l
 WINDOWS = 8
 LEAST_GROWTH = 0.01  # of what is held, over all windows
 LEAST_BYTES = 16 * 2**20
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class LeakDetector:
@@ -54,8 +55,7 @@ class LeakDetector:
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
 
 
 def on_device(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ class Prober:
         self.rank, self.world_size, self._name, self._report = rank, world_size, name, report
         self._device, self._progress, self._every = device, progress, intervals or Intervals()
         self._stopped = threading.Event()
-        self._sampler = WorkSampler(progress)
+        self._sampler: WorkSampler | None = None
         self._stragglers, self._links = StragglerDetector(name), LinkDetector(name)
         self._leaks = {"the process": leak.LeakDetector(), f"tensors on {device}": leak.LeakDetector()}
         self._window, self._step, self._turn = time.monotonic(), progress.step, 0
@@ -111,6 +112,7 @@ class Prober:
             device = DeviceCheck(str(torch.cuda.get_device_properties(self._device).uuid))
             found.append(_Due(every.disk, partial(self._all_found, device.look)))
         if self._store is not None and "straggler" in kinds:
+            self._sampler = WorkSampler(self._progress)
             found.append(_Due(every.work, self._compare_work))
         if self._store is not None and "link" in kinds:
             self._responder = Responder()
@@ -134,9 +136,10 @@ class Prober:
             self._responder.close()
 
     def _run(self) -> None:
-        tick = min([TICK, *(due.every / 4 for due in self._dues)])
+        tick = min([TICK if self._sampler else inf, *(due.every / 4 for due in self._dues)])
         while not self._stopped.wait(tick):
-            self._sampler.look()
+            if self._sampler:
+                self._sampler.look()
             now = time.monotonic()
             for due in self._dues:
                 if now - due.at >= due.every:
@@ -167,7 +170,7 @@ class Prober:
     # ---- among ranks: each writes what it found, rank 0 compares
 
     def _compare_work(self) -> None:
-        assert self._store is not None
+        assert self._store is not None and self._sampler is not None
         now, step = time.monotonic(), self._progress.step
         share, seconds, steps = self._sampler.share(), now - self._window, step - self._step
         self._window, self._step = now, step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from math import exp, isfinite, log, sqrt
 
-from lightning_bharat.health.robust import center_and_spread
+from lightning_bharat.health.robust import center, spread_around
 
 WINDOW = 64  # values that say what is usual
 LEAST = 32  # values before the first look
@@ -57,7 +57,7 @@ class SpikeDetector:
 
     def usual(self) -> float:
         """The median of the last values."""
-        return center_and_spread(self._usual)[0]
+        return center(self._usual)
 
     def limit(self) -> float:
         """Spreads above the median from where on a value is a spike."""
@@ -76,5 +76,8 @@ class SpikeDetector:
     def _distance(self, value: float) -> float:
         if len(self._usual) < LEAST:
             return 0.0
-        middle, spread = center_and_spread(self._usual)
+        middle = center(self._usual)
+        if value <= middle:  # as half of them are: no spike, whatever the spread is
+            return 0.0
+        spread = spread_around(middle, self._usual)
         return (value - middle) / max(spread, 1e-3 * abs(middle), 1e-12)

@@ -9,11 +9,11 @@ gloo; sleeps in a person's code, in a loader, or for a disk, count as work, as d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 
 from lightning_bharat.health import stacks
 from lightning_bharat.health.finding import Finding
+from lightning_bharat.health.proc_file import ProcFile
 from lightning_bharat.health.progress import Progress
 
 RATIO = 1.4  # of the median of the other ranks
@@ -29,7 +29,7 @@ class WorkSampler:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._state = Path(f"/proc/self/task/{progress.native}/stat")
+        self._state = ProcFile(f"/proc/self/task/{progress.native}/stat")
         self._looks = self._waiting = 0
 
     def look(self) -> None:
@@ -40,7 +40,7 @@ class WorkSampler:
 
     def _sleeps(self) -> bool:
         try:
-            return self._state.read_text().rpartition(")")[2].split()[0] == "S"
+            return self._state.read().rpartition(b")")[2].split()[0] == b"S"
         except (OSError, IndexError):
             return False
 
