@@ -31,7 +31,7 @@ from tests.data.texts import sentences, write_corpus
 from tests.datamodules.recorder import Recorder, trainer
 from tests.datamodules.test_resume import SaveEverywhere
 from tests.datamodules.test_tokens import PairsShareData, joined, sequences
-from tests.ranks import run_ranks, server
+from tests.ranks import RanksFailed, run_ranks, server
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -196,6 +196,19 @@ def test_bad_texts(texts: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the model has room for vocab_size=300"):
         trainer().fit(module, data(texts))
     assert not multiprocessing.active_children(), "no process is left"
+
+
+def fit_bad(bad: str, tokenizer: str) -> None:
+    data = TextDataModule(bad, tokenizer, sequence_length=8, batch_size=2)
+    trainer(strategy=HybridStrategy(), devices=2).fit(Recorder(), data)
+
+
+def test_a_bad_line_ends_all_ranks(texts: Path, tmp_path: Path) -> None:
+    bad = write_corpus(tmp_path / "bad.jsonl", count=40)
+    bad.write_text(bad.read_text(encoding="utf-8") + "{]", encoding="utf-8")
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(fit_bad, 2, str(bad), str(texts.parent))
+    assert all("bad.jsonl, line 41 is not JSON" in outcome.message for outcome in failed.value.outcomes), failed.value
 
 
 def test_fewer_documents_than_ranks(texts: Path, tmp_path: Path) -> None:
