@@ -29,7 +29,7 @@ class NoHosts(RuntimeError):
 
 
 class SlowLink:
-    """While it is entered there are two hosts, ``NAMES``, with ``ADDRESSES``.
+    """While it is entered there are two hosts, ``NAMES``, with ``ADDRESSES``. Waits while another process has them.
 
     Args:
         delay: seconds, each way.
@@ -54,6 +54,9 @@ class SlowLink:
         for tool in ("ip", "tc"):
             if shutil.which(tool) is None:
                 raise NoHosts(f"{tool} is missing; install iproute2")
+        self._lock = open("/run/bharat-hosts.lock", "w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # there is one such pair of hosts on a machine
+        _delete()  # of a process that was killed
         try:
             self._make()
         except (OSError, subprocess.CalledProcessError) as error:
@@ -68,9 +71,8 @@ class SlowLink:
             self._carrier.join()
         for end in self._ends:
             os.close(end)
-        for name in NAMES:
-            with suppress(subprocess.CalledProcessError):
-                _run("ip", "netns", "del", name)
+        _delete()
+        self._lock.close()
 
     def _make(self) -> None:
         for name in NAMES:
@@ -132,6 +134,12 @@ class SlowLink:
 def on_host(number: int, *words: str) -> list[str]:
     """The command line that runs ``words`` on host ``number``."""
     return [*_inside(NAMES[number]), *words]
+
+
+def _delete() -> None:
+    for name in NAMES:
+        with suppress(subprocess.CalledProcessError):
+            _run("ip", "netns", "del", name)
 
 
 def _inside(name: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ host left out after 22 s.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,19 +18,16 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from benchmarks.slow_link import ADDRESSES, DEVICE, NAMES, NoHosts, SlowLink, on_host
 from lightning_bharat import HybridStrategy, events
 from lightning_bharat.callbacks import FaultTolerantCheckpoint, HealthMonitor
 from lightning_bharat.health.prober import Intervals
+from tests.faults.small_run import Steps, fit, steps
 from tests.ranks import REPOSITORY
-from tests.strategies.test_resume import Gpt
 
-STEPS, LOST_AFTER = 60, 30
+STEPS = 60
+LOST_AFTER = {"kill": 12, "cut": 12, "leave_node": 30, "log": 30}  # steps; by then links have been tried a few times
 WORDS = {
     "kill": "rank 1 (data 1) is gone",
     "cut": f"host 1 ({NAMES[1]})",
@@ -44,20 +40,6 @@ EVERY, SLACK = 1.0, 10.0
 SLOW = {"delay": 0.1, "rate": 20e6}  # seconds and bits a second; before it is 1 ms and 100 Mbit/s
 
 
-class Steps(Callback):
-    """Rank 0 writes when each step was done, on how many ranks, with which loss."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        loss = float(trainer.callback_metrics["loss"])  # of all ranks' rows
-        if trainer.is_global_zero:
-            with (self.folder / "steps").open("a") as file:
-                file.write(json.dumps([time.monotonic(), trainer.global_step, trainer.world_size, loss]) + "\n")
-        time.sleep(0.1)
-
-
 def train(folder: Path, policy: str) -> None:
     """On each rank."""
     HealthMonitor.intervals = Intervals(link=EVERY)
@@ -65,32 +47,7 @@ def train(folder: Path, policy: str) -> None:
     others = dict.fromkeys(("straggler", "host_memory", "disk"), "ignore")
     health = [HealthMonitor({**others, "link": policy})] if policy else []
     where = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
-    fit(folder, [Steps(folder), saves, *health], strategy=HybridStrategy(), **where)
-
-
-def fit(folder: Path, callbacks: list[Callback], **options: Any) -> list[float]:
-    """The losses of all steps that this process has made."""
-    L.seed_everything(1, verbose=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision="64-true",
-        max_steps=STEPS,
-        default_root_dir=folder,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    module = Gpt()
-    trainer.fit(module, ckpt_path="last" if callbacks else None)
-    return module.losses
-
-
-def steps(folder: Path) -> list[tuple[float, int, int, float]]:
-    """What rank 0 has written."""
-    path = folder / "steps"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    fit(folder, [Steps(folder, 0.2), saves, *health], STEPS, strategy=HybridStrategy(), **where)
 
 
 def launcher(host: int, folder: Path, policy: str) -> subprocess.Popen:
@@ -131,7 +88,7 @@ def survive(how: str, folder: Path, right: list[float]) -> str:
         processes = [launcher(host, folder, policy) for host in range(2)]
         try:
             deadline = time.monotonic() + 200
-            while not any(ranks == 2 and step > LOST_AFTER for _, step, ranks, _ in steps(folder)):
+            while not any(done.ranks == 2 and done.step > LOST_AFTER[how] for done in steps(folder)):
                 assert processes[0].poll() is None, (folder / "output0").read_text()
                 assert time.monotonic() < deadline, (folder / "output0").read_text()
                 time.sleep(0.05)
@@ -145,10 +102,10 @@ def survive(how: str, folder: Path, right: list[float]) -> str:
             disturb("kill", link)
     assert codes[0] == 0, (folder / "output0").read_text()
     done = steps(folder)
-    assert done[-1][1] == STEPS and all(abs(loss - right[step - 1]) < 1e-9 for _, step, _, loss in done), done
+    assert done[-1].step == STEPS and all(abs(each.loss - right[each.step - 1]) < 1e-9 for each in done), done
     ranks = 2 if how == "log" else 1
-    after = [(at, step) for at, step, on, _ in done if at > lost and on == ranks]
-    assert after[-1][1] == STEPS and after[0][1] > LOST_AFTER - 5, after
+    after = [each for each in done if each.at > lost and each.ranks == ranks]
+    assert after[-1].step == STEPS and after[0].step > LOST_AFTER[how] - 5, after
     found = [event for event in events.read(folder) if event["kind"] == ("health" if how == "log" else "failure")]
     named = [event for event in found if WORDS[how] in event.get("words", event.get("message", ""))]
     assert named and named[0]["time"] >= on_the_clock, found
@@ -157,18 +114,18 @@ def survive(how: str, folder: Path, right: list[float]) -> str:
         assert named[0]["time"] - on_the_clock < 2 * EVERY + SLACK, took
         assert NAMES[1] in (named[0].get("node"), *named[0].get("words", "").split()), named
     if how == "log":
-        assert codes[1] == 0 and {on for _, _, on, _ in done} == {2}
+        assert codes[1] == 0 and {each.ranks for each in done} == {2}
         return f"{took}, trains on with both"
     if how == "leave_node":
         assert codes[1] == 1 and (folder / "bad_nodes.txt").read_text().startswith(f"{NAMES[1]}\t")
-    return f"{took}, the other goes on after {after[0][0] - lost:.1f} s"
+    return f"{took}, the other goes on after {after[0].at - lost:.1f} s"
 
 
 def main() -> int:
     """All of them; returns 77 where this machine can't have such hosts."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ranks and namespaces must not stay behind
     with TemporaryDirectory() as name:
-        right = fit(Path(name), [], enable_checkpointing=False)
+        right = fit(Path(name), [], STEPS)
     for how in WORDS:
         with TemporaryDirectory() as name:
             what = f"host 1 lost by {how}" if how in ("kill", "cut") else f"its link made slow, policy {how!r}"
