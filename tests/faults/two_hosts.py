@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.slow_link import ADDRESSES, DEVICE, NAMES, NoHosts, SlowLink, on_host
 from lightning_bharat import HybridStrategy, events
@@ -151,9 +152,7 @@ def main() -> int:
         right = fit(Path(name), [], STEPS)
     for how in WORDS:
         with TemporaryDirectory() as name:
-            what = (
-                f"host 1 lost by {how}" if how in ("kill", "memory", "cut") else f"its link made slow, policy {how!r}"
-            )
+            what = f"its link made slow, policy {how!r}" if how in ("leave_node", "log") else f"host 1 lost ({how})"
             try:
                 print(f"{what}: {survive(how, Path(name), right)}", flush=True)
             except NoHosts as error:
