@@ -17,7 +17,6 @@ from lightning_bharat.callbacks.room import warn_of_room
 from lightning_bharat.checkpoints import directory
 from lightning_bharat.checkpoints.background import Background
 from lightning_bharat.checkpoints.errors import CheckpointError, WriteError, disk_errors
-from lightning_bharat.checkpoints.host_memory import Hosts
 from lightning_bharat.strategies._model_checkpoint import OpenModelCheckpoint
 from lightning_bharat.strategies.background_saves import BackgroundSaves
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
@@ -36,6 +35,7 @@ class _Flight:
         began: on the clock of ``time.perf_counter``.
         stall: seconds that training waited for it.
         names: further names of the checkpoint.
+        aside: whether nothing is decided by it.
     """
 
     path: str
@@ -45,7 +45,7 @@ class _Flight:
     stall: float = 0.0
     ended: float = 0.0
     names: list[str] = field(default_factory=list)
-    in_memory: bool = False
+    aside: bool = False
 
 
 class BackgroundCheckpoint(OpenModelCheckpoint):
@@ -140,15 +140,14 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
             if str(self.dirpath) == str(Path(orphan).parent):
                 self.remove(trainer, orphan)
 
-    def keep_in_memory(self, trainer: pl.Trainer, hosts: Hosts) -> None:
-        """Save to hosts' memory. It is no checkpoint that anything else is decided by. All ranks must call it, while
-        nothing is written."""
+    def write_aside(self, trainer: pl.Trainer, path: Path) -> None:
+        """Save to ``path``, without a trace in what is known of checkpoints. All ranks must call it, while nothing is
+        written."""
         saves = self._saves_of(trainer)
         assert saves is not None and self._flight is None
-        path = str(hosts.folder / f"step={trainer.global_step}.ckpt")
         with saves.put_off():
             trainer.save_checkpoint(path)
-        self._flight = _Flight(path, trainer.global_step, {}, 0.0, in_memory=True)
+        self._flight = _Flight(str(path), trainer.global_step, {}, 0.0, aside=True)
 
     def link(self, trainer: pl.Trainer, path: str, name: str) -> None:
         if self._saves_of(trainer):
@@ -186,7 +185,7 @@ class BackgroundCheckpoint(OpenModelCheckpoint):
         writer = self._writer_of(trainer)
         writer.wait()
         error = writer.take_error()
-        if flight.in_memory:
+        if flight.aside:
             if error is not None:
                 rank_zero_warn(f"step {flight.step} could not be kept in hosts' memory: {error}")
             return

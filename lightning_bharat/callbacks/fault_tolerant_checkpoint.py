@@ -13,12 +13,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bharat import events
-from lightning_bharat.callbacks.background_checkpoint import BackgroundCheckpoint
+from lightning_bharat.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_bharat.callbacks.stop_request import StopRequest, in_words, requeue
 from lightning_bharat.checkpoints import directory, host_memory
 from lightning_bharat.checkpoints.errors import on_rank_zero
 from lightning_bharat.checkpoints.fetched import FETCHED
-from lightning_bharat.checkpoints.host_memory import Hosts
 from lightning_bharat.checkpoints.interval import best_interval, between_failures
 from lightning_bharat.checkpoints.lock import FolderLock
 from lightning_bharat.checkpoints.newest import newest_of
@@ -28,14 +27,10 @@ from lightning_bharat.checkpoints.tiers import Tier, Tiers, forget_holds
 from lightning_bharat.strategies.collectives import highest
 from lightning_bharat.strategies.ends_together import Stopped
 
-NEEDS = (
-    "needs bharat launch (which gives ranks a folder in their hosts' memory) and a strategy of this package with "
-    "save_distributed_checkpoint=True: nothing is kept in memory"
-)
 FIRST_SAVE = 60.0  # seconds of training, by when it is known what a step takes, and not what a save costs
 
 
-class FaultTolerantCheckpoint(BackgroundCheckpoint):
+class FaultTolerantCheckpoint(MemoryCheckpoint):
     """Lightning's ``ModelCheckpoint`` with all of its arguments and behaviour, for runs that break.
 
     Under ``bharat_hybrid`` a save stops training for a moment: weights are copied to the host beside the next forward
@@ -59,11 +54,11 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         time_limit: likewise before this time is over, counted from the start of training; ``None``: before the Slurm
             job ends, if there is one.
         tiers: further places that saves are copied to, as :class:`~lightning_bharat.checkpoints.tiers.Tier` or paths.
+        max_failed_saves: saves that may fail in a row, for lack of space or by another fault of the disk, with a
+            warning and the older checkpoints in place; the next one raises.
         memory_every_n_train_steps: of how many steps one is kept in the memory of hosts, each with the files of its own
             ranks and those of the host before it; the newest one alone. ``ckpt_path="last"`` goes on from it after a
             restart by ``bharat launch``, which it needs, also when a host is lost.
-        max_failed_saves: saves that may fail in a row, for lack of space or by another fault of the disk, with a
-            warning and the older checkpoints in place; the next one raises.
 
     Raises:
         ValueError: an argument that can't be, by name.
@@ -79,8 +74,8 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         stop_signals: Sequence[str | int] = ("SIGTERM", "SIGUSR1"),
         time_limit: timedelta | None = None,
         tiers: Sequence[Tier | str] = (),
-        memory_every_n_train_steps: int | None = None,
         max_failed_saves: int = 3,
+        memory_every_n_train_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         triggers = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
@@ -89,11 +84,8 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
             raise ValueError(f"interval={interval!r}: write 'auto', or train_time_interval=timedelta(...)")
         if interval and given:
             raise ValueError(f"interval='auto' and {given[0]} are given; leave one of them out")
-        if memory_every_n_train_steps is not None and not _counts(memory_every_n_train_steps):
-            raise ValueError(f"memory_every_n_train_steps={memory_every_n_train_steps!r}: write a number from 1 up")
-        super().__init__(*args, max_failed_saves=max_failed_saves, **kwargs)
-        self.memory_every_n_train_steps = memory_every_n_train_steps
-        self._in_memory = 0
+        kwargs |= {"max_failed_saves": max_failed_saves, "memory_every_n_train_steps": memory_every_n_train_steps}
+        super().__init__(*args, **kwargs)
         self.interval, self.time_between_failures = interval, time_between_failures
         self._request = StopRequest(stop_signals, time_limit)
         self.tiers = [tier if isinstance(tier, Tier) else Tier(str(tier)) for tier in tiers]
@@ -116,8 +108,6 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._lock = self._lock or FolderLock(Path(str(self.dirpath)))
             on_rank_zero(self._alone)
-            if self.memory_every_n_train_steps and not self._memory(trainer):
-                rank_zero_warn(f"memory_every_n_train_steps={self.memory_every_n_train_steps} {NEEDS}")
             if self.tiers and trainer.is_global_zero and self._copies is None:
                 self._copies = Tiers(self.tiers, partial(self.event, trainer))
 
@@ -131,7 +121,7 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._request.start()
-        self._steps = self._in_memory = trainer.global_step
+        self._steps = trainer.global_step
         self._batch_began = time.monotonic()
         if not self._is_training:  # else it goes on, in another layout
             self.event(trainer, "train_start", step=trainer.global_step, ckpt_path=str(trainer.ckpt_path or ""))
@@ -173,17 +163,8 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
             self._plan_next(trainer)
         if asked:
             self._stop(trainer, asked)
-        if stepped and not self.is_writing and not self.is_saved(trainer):
-            self._keep_in_memory(trainer)
-
-    def _keep_in_memory(self, trainer: pl.Trainer) -> None:
-        every, hosts = self.memory_every_n_train_steps, self._memory(trainer)
-        if every and hosts and trainer.global_step - self._in_memory >= every:
-            self._in_memory = trainer.global_step
-            self.keep_in_memory(trainer, hosts)
-
-    def _memory(self, trainer: pl.Trainer) -> Hosts | None:
-        return host_memory.hosts() if self._saves_of(trainer) else None
+        if stepped:
+            self.keep_in_memory(trainer)
 
     def _agree(self, trainer: pl.Trainer) -> tuple[int, int, int]:
         """Whether to stop, whether a save is due, and whether one is being written. The same on all ranks."""
@@ -270,7 +251,3 @@ class FaultTolerantCheckpoint(BackgroundCheckpoint):
         if self._asked_folder is not None or not trainer.loggers:
             return [folder]
         return sorted(folder.parent.parent.glob("*/checkpoints"))
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

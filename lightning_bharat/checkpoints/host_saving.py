@@ -41,6 +41,10 @@ class HostSaving(Saving):
         if _is_first_here():
             forget_others(self.path, self.path.parent)
 
+    def _size(self) -> int:
+        hosts = len(self.hosts.folders)
+        return self.planned.total * min(hosts, 2) // hosts
+
     def _write_here(self, staging: Path) -> dict[str, Any]:
         staging.mkdir(parents=True, exist_ok=True)
         return {**self._write_own(staging), "host": self.hosts.here}

@@ -183,9 +183,12 @@ class Saving:
         return None
 
     def _stage(self) -> str:
-        size = self.planned.total + len(state_bytes(self.tree)) - self.frozen.spared(self.path)
-        directory.need_space(self.path, size)
+        directory.need_space(self.path, self._size() + len(state_bytes(self.tree)))
         return str(directory.stage(self.path))
+
+    def _size(self) -> int:
+        """Bytes of tensors that are written beside rank 0's path."""
+        return self.planned.total - self.frozen.spared(self.path)
 
     def _write_own(self, staging: Path) -> dict[str, Any]:
         """What this rank has written: sizes and digests of its files, which tensors are in that of the frozen ones, and

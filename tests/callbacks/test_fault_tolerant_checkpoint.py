@@ -382,6 +382,8 @@ def test_arguments_that_can_not_be_are_refused() -> None:
         FaultTolerantCheckpoint(stop_signals=[9])
     with pytest.raises(ValueError, match="max_failed_saves=-1"):
         FaultTolerantCheckpoint(max_failed_saves=-1)
+    with pytest.raises(ValueError, match="memory_every_n_train_steps=0: write a whole number from 1 up"):
+        FaultTolerantCheckpoint(memory_every_n_train_steps=0)
 
 
 def test_under_lightning_s_own_strategy_it_is_a_model_checkpoint(tmp_path: Path) -> None:

@@ -106,6 +106,17 @@ def test_the_host_that_is_left_goes_on_alone(tmp_path: Path) -> None:
     assert there == {"step=8.ckpt": sorted([*SMALL, FILES[0]])}
 
 
+def without_a_launcher(folder: str) -> None:
+    keep = FaultTolerantCheckpoint(folder, every_n_train_steps=2, memory_every_n_train_steps=1)
+    with pytest.warns(UserWarning, match="memory_every_n_train_steps=1 needs bharat launch"):
+        fit("gpt", {}, 2, callbacks=[keep], enable_checkpointing=True, default_root_dir=folder)
+
+
+def test_without_a_launcher_it_says_so(tmp_path: Path) -> None:
+    run_ranks(without_a_launcher, 1, str(tmp_path))
+    assert len(checkpoints_in(tmp_path)) == 1
+
+
 def test_a_copy_that_is_damaged_is_no_checkpoint(tmp_path: Path) -> None:
     train(tmp_path, 2, 3, "data")
     shutil.rmtree(tmp_path / "host1")
