@@ -1,6 +1,6 @@
 """An ordinary LightningModule, unchanged, on any number of devices.
 
-Importing it registers ``strategy="bharat_hybrid"`` and ``"bharat_deepspeed"``.
+Importing it registers ``strategy="bharat_hybrid"``, ``"bharat_deepspeed"`` and ``"bharat_torchft"``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from lightning_bharat.strategies.deepspeed import DeepSpeedStrategy
     from lightning_bharat.strategies.float8 import Float8Precision
     from lightning_bharat.strategies.hybrid import HybridStrategy
+    from lightning_bharat.strategies.torchft import TorchFTStrategy
 
 __version__ = "0.1.0"
-__all__ = ["Cut", "DeepSpeedStrategy", "Float8Precision", "HybridStrategy", "Layout", "ModelPlan"]
+__all__ = ["Cut", "DeepSpeedStrategy", "Float8Precision", "HybridStrategy", "Layout", "ModelPlan", "TorchFTStrategy"]
 
 _HOMES = {
     "Cut": "plan.model_plan",
@@ -27,6 +28,7 @@ _HOMES = {
     "HybridStrategy": "strategies.hybrid",
     "Layout": "plan.layout",
     "ModelPlan": "plan.model_plan",
+    "TorchFTStrategy": "strategies.torchft",
 }
 
 
@@ -42,12 +44,15 @@ def register() -> None:
 
     from lightning_bharat.strategies.deepspeed import DeepSpeedStrategy
     from lightning_bharat.strategies.hybrid import HybridStrategy
+    from lightning_bharat.strategies.torchft import TorchFTStrategy
 
     if "bharat_hybrid" not in StrategyRegistry:
         description = "An unchanged module, cut over data and tensor ranks"
         StrategyRegistry.register("bharat_hybrid", HybridStrategy, description=description)
         description = "DeepSpeed's ZeRO on every accelerator"
         StrategyRegistry.register("bharat_deepspeed", DeepSpeedStrategy, description=description)
+        description = "Copies of a module, of which any may die at any step"
+        StrategyRegistry.register("bharat_torchft", TorchFTStrategy, description=description)
 
 
 # The command shows its help at once, without importing torch: it registers when it runs something.

@@ -203,12 +203,22 @@ def around_fetch(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[
 def begin_again(trainer: pl.Trainer, loader: Any) -> None:
     """Let training take its next batches from a new iterator over ``loader``, which has a state, from where the last
     finished batch ends. The random numbers of this process stay as they are."""
-    loop: Any = trainer.fit_loop
     loader.load_state_dict(loader.state_dict())
+    iterate_anew(trainer)
+
+
+def iterate_anew(trainer: pl.Trainer) -> None:
+    """Let training take its next batches from a new iterator, whose loader begins behind the last finished batch."""
+    loop: Any = trainer.fit_loop
     state = torch.get_rng_state()
     iter(loop._data_fetcher)
     torch.set_rng_state(state)
     loop._data_fetcher.fetched += loop.epoch_loop.batch_progress.current.ready
+
+
+def before_each_batch(trainer: pl.Trainer, begin: Callable[[], None]) -> None:
+    """Call ``begin`` before training asks for a batch, where all that belongs to the one before is through."""
+    _around(trainer.fit_loop.epoch_loop, "advance", before=begin, what="groups")
 
 
 def around_training_loaders(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:

@@ -93,6 +93,15 @@ def place(loader: Any, data_ranks: int, finished: Callable[[], int]) -> None:
     loader.batch_sampler.in_workers = loader.num_workers > 0
 
 
+def go_to(loader: Any, epoch: int, batches: int) -> None:
+    """Let the next iteration over ``loader``, whose order is known, begin behind so many batches of that epoch. It gets
+    no state by this."""
+    own = loader.batch_sampler
+    if type(own) is not PlacedBatches:
+        loader.__dict__["batch_sampler"] = own = PlacedBatches(own.sampler, own.batch_size, own.drop_last)
+    own.go_to(epoch, batches)
+
+
 def begin_epoch(loader: Any, epoch: int) -> None:
     """Let ``loader`` begin with the order of that epoch: Lightning tells samplers when workers have read their first
     batches, and litdata's loader nothing where it goes on at an epoch's end."""

@@ -1,5 +1,5 @@
-"""Private names of Lightning, torch, torchmetrics and DeepSpeed: they stand in five files, or in a short list, and mean
-what is relied on.
+"""Private names of Lightning, torch, torchmetrics, DeepSpeed and torchft: they stand in six files, or in a short list,
+and mean what is relied on.
 
 When a test here fails after an upgrade, its words say which name moved or changed and what the package asks of it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import re
 import signal
@@ -54,8 +55,8 @@ from lightning_bharat.strategies._torch import flight_record
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
-OF_OTHERS = ("_lightning", "_model_checkpoint", "_torch", "_torchmetrics", "_deepspeed")
-THE_FIVE = tuple(f"strategies/{name}.py" for name in OF_OTHERS)
+OF_OTHERS = ("_lightning", "_model_checkpoint", "_torch", "_torchmetrics", "_deepspeed", "_torchft")
+THE_SIX = tuple(f"strategies/{name}.py" for name in OF_OTHERS)
 
 # What other files may use: torch has no public name for it, and much outside of torch is built on it.
 EVERYWHERE = {
@@ -102,7 +103,7 @@ INHERITED |= {"_save_topk_checkpoint", "_save_last_checkpoint", "_save_checkpoin
 INHERITED |= {"_link_checkpoint", "_find_last_checkpoints", "_last_global_step_saved", "_last_checkpoint_saved"}
 INHERITED |= {"_every_n_epochs", "_every_n_train_steps", "_train_time_interval", "_should_remove_checkpoint"}
 
-# Attributes that the five files give to objects of torch's.
+# Attributes that the six files give to objects of torch's.
 OURS = {"_agrees"}
 
 
@@ -199,13 +200,13 @@ def use(x, own):
     assert found == {"_shard", "_inductor", "_thing", "_hidden", "_named", "_deep", "_deeper", "_inherited"}
 
 
-def test_private_names_stand_in_five_files_or_in_the_list() -> None:
+def test_private_names_stand_in_six_files_or_in_the_list() -> None:
     trees = files()
     own = own_names(trees)
     allowed = set(EVERYWHERE) | INHERITED
-    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_FIVE}
+    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in THE_SIX}
     found = {name: private for name, private in found.items() if private}
-    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_FIVE)}: {found}"
+    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_SIX)}: {found}"
 
 
 def test_nothing_in_the_list_is_left_over() -> None:
@@ -246,10 +247,10 @@ def test_no_class_takes_a_private_name_that_a_class_it_extends_has() -> None:
     assert seen == INHERITED, "not taken any more, or not found any more"
 
 
-def test_every_private_name_of_the_five_files_is_checked_below() -> None:
+def test_every_private_name_of_the_six_files_is_checked_below() -> None:
     trees = files()
     own = own_names(trees)
-    found = {name for file in THE_FIVE for name in foreign(trees[file], own)} - OURS
+    found = {name for file in THE_SIX for name in foreign(trees[file], own)} - OURS
     assert found - set(CHECKS) == set(), "write a check: that it exists, and means what is relied on"
     assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
 
@@ -765,10 +766,28 @@ def the_flight_recorder() -> None:
     assert [entry["profiling_name"] for entry in json.loads(told)["entries"]] == ["gloo:all_reduce"]
 
 
+@relied_on("_streaming_load", "_serialization")
+def a_stream_is_read_as_plain_data() -> None:
+    """_streaming_load(weights_only=True) reads what _streaming_save has written, and raises for one that is cut off."""
+    from torch.distributed import _serialization
+
+    buffer = io.BytesIO()
+    _serialization._streaming_save({"a": torch.arange(5), "b": [1, "c"]}, buffer)
+    written = buffer.getvalue()
+    read: Any = _serialization._streaming_load(io.BytesIO(written), weights_only=True)
+    assert read["a"].tolist() == [0, 1, 2, 3, 4] and read["b"] == [1, "c"]
+    for cut in range(len(written)):
+        try:
+            _serialization._streaming_load(io.BytesIO(written[:cut]), weights_only=True)
+        except Exception:
+            continue
+        raise AssertionError(f"{cut} of {len(written)} bytes were taken for all")
+
+
 @pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()), ids=lambda check: check.__name__)
 def test_it_exists_and_means_what_is_relied_on(check: Callable[[], None]) -> None:
     names = ", ".join(name for name, its in CHECKS.items() if its is check)
     try:
         check()
     except Exception as error:
-        raise AssertionError(f"{names}: no longer what the five files ask: {check.__doc__}") from error
+        raise AssertionError(f"{names}: no longer what the six files ask: {check.__doc__}") from error
