@@ -144,11 +144,11 @@ def test_a_group_that_is_killed_is_replaced(goes_on: bool, tmp_path: Path) -> No
 
 def test_a_group_that_was_stopped_comes_back(tmp_path: Path) -> None:
     """It was left out, and goes on from where the other one is, behind samples of its own that no one has trained."""
-    first, run = tmp_path / "first", {**RUN, "timeout": timedelta(seconds=3)}
+    first, run = tmp_path / "first", {**RUN, "timeout": timedelta(seconds=8)}  # on a busy machine it starts slowly
     with lighthouse(1, "--heartbeat_timeout_ms=1000") as address:
         survivor = start(address, 0, first, Waits, 0, run)
         wait_for(lambda: events.read(first), "the first group's first step")
-        stopped = start(address, 1, tmp_path / "second", Stops, 1, run)
+        stopped = start(address, 1, tmp_path / "second", Stops, 1, RUN)
         wait_for(lambda: went_on(first), "a step alone")
         stopped.kill(0, signal.SIGCONT)
         (tmp_path / "third").mkdir()
