@@ -24,6 +24,7 @@ test: lint
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.faults.chaos --runs 100
+	$(BIN)/python -m pytest tests/faults/stopped_group.py
 	$(BIN)/python -m tests.faults.two_hosts || test $$? = 77
 	$(BIN)/python -m tests.faults.slurm_jobs || test $$? = 77
 

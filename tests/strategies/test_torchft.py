@@ -1,11 +1,11 @@
-"""Replica groups under torchft: the steps of one process, and a group that is killed and replaced, or stopped."""
+"""Replica groups under torchft: the steps of one process, and a group that is killed and replaced. One that is
+stopped: tests/faults/stopped_group.py."""
 
 from __future__ import annotations
 
 import math
 import os
 import signal
-from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -64,12 +64,6 @@ class Dies(Joins):
         if len(self.losses) == 4:
             os.kill(os.getpid(), self.signal)
         return super().training_step(batch, number)
-
-
-class Stops(Dies):
-    """Likewise, and is asked to go on."""
-
-    signal = signal.SIGSTOP
 
 
 def in_two_fits(folder: str, kind: type[Net], seed: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -140,22 +134,6 @@ def test_a_group_that_is_killed_is_replaced(goes_on: bool, tmp_path: Path) -> No
     assert [step for _, step, _ in its["seen"]] == list(range(its["seen"][0][1], STEPS))
     assert alive(first)[-1] == 2 and its["seen"][0][1] > 2
     assert events.read(tmp_path / "third")[0]["kind"] == "healed"
-
-
-def test_a_group_that_was_stopped_comes_back(tmp_path: Path) -> None:
-    """It was left out, and goes on from where the other one is, behind samples of its own that no one has trained."""
-    first, run = tmp_path / "first", {**RUN, "timeout": timedelta(seconds=8)}  # on a busy machine it starts slowly
-    with lighthouse(1, "--heartbeat_timeout_ms=1000") as address:
-        survivor = start(address, 0, first, Waits, 0, run)
-        wait_for(lambda: events.read(first), "the first group's first step")
-        stopped = start(address, 1, tmp_path / "second", Stops, 1, RUN)
-        wait_for(lambda: went_on(first), "a step alone")
-        stopped.kill(0, signal.SIGCONT)
-        (tmp_path / "third").mkdir()
-        (tmp_path / "third" / "begun").touch()
-        ours, its = value_of(survivor), value_of(stopped)
-    check_together(ours, its)
-    assert alive(first)[-1] == 2 and len(its["losses"]) < STEPS
 
 
 def check_together(ours: dict[str, Any], its: dict[str, Any]) -> None:
