@@ -91,7 +91,7 @@ class TextLoader:
         yield from self._handing(made, self._behind)
 
     def _handing(self, batches: DataLoader[Made], behind: dict[int, Place]) -> Iterator[dict[str, Tensor]]:
-        for number, made in enumerate(batches, start=1):
+        for number, made in enumerate(_handed_over(batches), start=1):
             if made.error or made.batch is None:
                 raise DataError(made.error)
             if behind is self._behind:
@@ -150,3 +150,13 @@ class TextLoader:
         self._start_of_resume = Place(**{name: state[name] for name in Place.__dataclass_fields__})
         self._go_to(self._start_of_resume)
         self._resumed, self._running, self._ahead = True, None, 0
+
+
+def _handed_over(batches: DataLoader[Made]) -> Iterator[Made]:
+    try:
+        yield from batches
+    except (OSError, EOFError) as error:  # its own errors it hands over as words
+        raise RuntimeError(
+            "DataLoader worker, which reads and tokenizes text, exited unexpectedly while it handed over a batch: it "
+            "was killed, perhaps for lack of memory"
+        ) from error
