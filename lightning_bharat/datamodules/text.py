@@ -16,6 +16,7 @@ from lightning_bharat.data.text_documents import Documents
 from lightning_bharat.data.text_loader import TextLoader
 from lightning_bharat.data.text_stream import Augment, TextStream
 from lightning_bharat.data.tokenizer import Encoder, end_token, load_tokenizer
+from lightning_bharat.datamodules.in_step import data_rank, in_step
 from lightning_bharat.datamodules.tokens import vocabulary_of
 
 
@@ -137,7 +138,6 @@ class TextDataModule(L.LightningDataModule):
         return Encoder(tokenizer, end_token(tokenizer, self.end_of_text))
 
     def _loader(self, split: str, size: int, *, augment: Augment | None, shuffle: bool, drop_last: bool) -> TextLoader:
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         stream = TextStream(
             self._documents[split],
             self._encoder(),
@@ -148,15 +148,9 @@ class TextDataModule(L.LightningDataModule):
             shuffle=shuffle,
             drop_last=drop_last,
             threads=self.num_workers,
-            **({"num_replicas": kwargs["num_replicas"], "rank": kwargs["rank"]} if kwargs else {}),
+            **data_rank(self.trainer),
         )
-        training: dict[str, Any] = {}
-        if split == "train" and self.trainer is not None:
-            training = {
-                "finished_batches": lambda: self._progress().current.processed,
-                "on_resume": self._set_finished_batches,
-                "batches_of_epoch": lambda: self.trainer.num_training_batches,
-            }
+        training = in_step(self.trainer) if split == "train" and self.trainer is not None else {}
         path = Path(self.tokenizer)
         digest = file_digest(path / "tokenizer.json" if path.is_dir() else path)
         return TextLoader(
@@ -166,20 +160,6 @@ class TextDataModule(L.LightningDataModule):
             data=f"{self._documents[split].digest}, {digest}, sequence_length={self.sequence_length}",
             **training,
         )
-
-    def _progress(self) -> Any:
-        """Lightning's count of this epoch's batches."""
-        assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress
-
-    def _set_finished_batches(self, batches: int) -> None:
-        """Make Lightning's count of this epoch's batches say what the position says: batches may have another size now,
-        and a checkpoint of an epoch's start still holds the last one's count."""
-        progress = self._progress()
-        if off := batches - progress.current.processed:
-            for name in ("ready", "started", "processed", "completed"):  # they differ by one in the middle of a batch
-                setattr(progress.current, name, max(0, getattr(progress.current, name) + off))
-            progress.is_last_batch = False
 
     def _refuse_smaller_model(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module

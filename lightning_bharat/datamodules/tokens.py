@@ -16,6 +16,7 @@ from lightning_bharat.data.pack import prepare
 from lightning_bharat.data.prepared import MANIFEST, Prepared
 from lightning_bharat.data.sharding import Sharding, refuse_sharding, token_batches, token_data
 from lightning_bharat.data.tokenizer import Encoder, load_tokenizer
+from lightning_bharat.datamodules.in_step import data_rank, in_step
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -210,10 +211,9 @@ class TokenDataModule(L.LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, *, shuffle: bool, drop_last: bool) -> OrderedLoader:
         data = token_data(self.prepared, split, self.sequence_length, self.sharding)
-        training = split == "train" and self.trainer is not None
         sharding = self.sharding if split == "train" else "rank"
         try:
-            order = {**self._coordinate(), "seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
+            order = {**data_rank(self.trainer), "seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
             batches = token_batches(data, sharding, batch_size, self.max_tokens, **order)
         except DataError as error:
             tokens = self.prepared.splits[split].tokens
@@ -221,47 +221,15 @@ class TokenDataModule(L.LightningDataModule):
                 f"{split} data of {tokens} tokens are {len(data)} sequences of "
                 f"sequence_length={self.sequence_length}: {error}"
             ) from error
-        later: dict[str, Any] = {"batches_of_epoch": self._batches_of_epoch} if training else {}
+        training = in_step(self.trainer, lambda: len(batches)) if split == "train" and self.trainer is not None else {}
         return OrderedLoader(
             data,
             batches,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             data=f"{self.prepared.digest(split)}, sequence_length={self.sequence_length}",
-            finished_batches=self._finished_batches if training else None,
-            on_resume=self._set_finished_batches if training else None,
-            **later,
+            **training,
         )
-
-    def _coordinate(self) -> dict[str, int]:
-        """Number of data ranks and which this is: the strategy knows which ranks share their data."""
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return {"num_replicas": kwargs["num_replicas"], "rank": kwargs["rank"]} if kwargs else {}
-
-    def _finished_batches(self) -> int:
-        return self._batch_progress().current.processed
-
-    def _batches_of_epoch(self) -> float:
-        assert self.trainer is not None
-        return self.trainer.num_training_batches
-
-    def _batch_progress(self) -> Any:
-        """Lightning's count of this epoch's batches."""
-        assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress
-
-    def _set_finished_batches(self, batches: int) -> None:
-        """Make Lightning's count of this epoch's batches say what the position says.
-
-        It differs where the checkpoint's batches had another size, and where it was saved in ``on_train_epoch_start``
-        (Lightning then still holds the last epoch's count, and would skip the new one).
-        """
-        assert self._train is not None
-        progress = self._batch_progress()
-        if off := batches - progress.current.processed:
-            for name in ("ready", "started", "processed", "completed"):  # they differ by one in the middle of a batch
-                setattr(progress.current, name, max(0, getattr(progress.current, name) + off))
-            progress.is_last_batch = batches >= len(self._train)
 
     def _refuse_smaller_model(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
