@@ -1,1 +1,1 @@
-"""What became of a run, for people and for programs."""
+"""HTML and Markdown from what runs and studies leave behind."""
