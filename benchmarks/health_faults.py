@@ -153,7 +153,7 @@ def seconds_to(name: str, server: WarmServer) -> tuple[float | None, str]:
     """Seconds from the fault to its event (``None``: there is none), and what is said."""
     fault = FAULTS[name]
     with tempfile.TemporaryDirectory() as folder:
-        server.start(train, 2, name, folder).wait(timeout=90, grace=5)
+        server.start(train, 2, name, folder).wait(timeout=90)
         made = [event["time"] for event in events.read(Path(folder)) if event["kind"] == "made"]
         found = _found(Path(folder), fault.kind)
         if not made or not found:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bharat.cluster.outcome import RankOutcome, RanksFailed
-from lightning_bharat.cluster.warm import WarmServer, free_port, rank_environment
+from lightning_bharat.cluster.warm import WarmServer
+from lightning_bharat.cluster.warm_job import free_port, rank_environment
 
 __all__ = ["RanksFailed", "fresh_ranks", "run_ranks", "server", "torchrun"]
 

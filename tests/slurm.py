@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lightning_bharat.cluster.outcome import RankOutcome
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from tests.ranks import REPOSITORY
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun")

@@ -12,19 +12,40 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 # Asks a rank for its stacks. SIGQUIT means that to a JVM as well, and neither Lightning nor Slurm use it.
 STACKS_SIGNAL = signal.SIGQUIT
 
 
-def main(channel: Connection, call: bytes, environment: dict[str, str], folder: str) -> None:
+_channel: Connection | None = None
+_one_question = threading.Lock()
+
+
+def ask(question: Any) -> Any:
+    """Send ``question`` to the process that started this rank, and wait for what it answers.
+
+    Raises:
+        RuntimeError: this process is no rank of a job.
+        EOFError: that process has ended.
+    """
+    if _channel is None:
+        raise RuntimeError("this process is no rank of a warm job: nobody answers")
+    with _one_question:
+        _channel.send_bytes(pickle.dumps(("ask", question)))
+        return pickle.loads(_channel.recv_bytes())  # our own parent's bytes, through a pipe
+
+
+def main(channel: Connection, call: bytes, environment: dict[str, str], folder: str, output: str) -> None:
     """Run the pickled ``(function, args, kwargs)`` and send how it ended through ``channel``.
 
     A rank that returned waits for the word to leave: rank 0 hosts the store, so none may leave while others work.
     """
     gc.freeze()  # garbage is not looked for in all that the server imported: half a million objects, on pages it shares
     os.setpgrp()  # the rank leads a group: its loader's workers can be ended with it
-    _write_to(os.path.join(folder, "output"))
+    global _channel
+    _channel = channel
+    _write_to(output)
     stacks = open(os.path.join(folder, "stacks"), "w")  # noqa: SIM115 - open as long as the process
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
     faulthandler.enable(file=2)  # native code that crashes says where
@@ -36,7 +57,7 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
     try:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
         function, args, kwargs = pickle.loads(call)  # our own parent's bytes, through a pipe
         answer = pickle.dumps(("value", function(*args, **kwargs)))
     except BaseException as error:

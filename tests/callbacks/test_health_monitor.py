@@ -328,8 +328,8 @@ def _stands_still(how: str, rank: int) -> None:
 @pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("stopped", 1), ("stopped", 0)])
 def test_a_rank_that_stands_still(how: str, rank: int) -> None:
     """The others end with a code that asks for a restart; the record names who it was."""
-    job = server.start(_stands_still, 2, how, rank, env={"TORCH_FR_BUFFER_SIZE": "100"})
-    outcomes = job.wait(timeout=25, grace=3)
+    job = server.start(_stands_still, 2, how, rank, env={"TORCH_FR_BUFFER_SIZE": "100"}, grace=3)
+    outcomes = job.wait(timeout=25)
     ended = [1 - rank] if how == "stopped" else [0, 1]
     assert [outcomes[r].exit_code for r in ended] == [EXIT_CODE] * len(ended), [o.output for o in outcomes]
     # The link to a stopped rank may be found dead before, which is logged.

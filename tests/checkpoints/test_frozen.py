@@ -20,7 +20,7 @@ from lightning_bharat.checkpoints.opened import open_any, reader
 from lightning_bharat.checkpoints.saving import Compression, Saver
 from lightning_bharat.checkpoints.tiers import Tier, copy_to
 from lightning_bharat.checkpoints.whole import problems
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from lightning_bharat.plan.elsewhere import is_elsewhere
 from tests.cluster.test_host_memory import FILES, SMALL, on_own_host
 from tests.modules import PlacedRows, Trained, fit

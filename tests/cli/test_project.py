@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_bharat.cli import main
 from lightning_bharat.cluster.outcome import RankOutcome
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from tests.cli.project import QUIET, Project
 from tests.ranks import fresh_ranks
 

@@ -26,7 +26,7 @@ from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.file_server import FileServer, ask, pull
 from lightning_bharat.checkpoints.whole import checkpoints_in
 from lightning_bharat.cluster.host_memory import PLACE_VARIABLE, LaunchMemory, newest_of_all
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from tests.cluster.launching import launched
 from tests.modules import PlacedRows, fit
 from tests.ranks import REPOSITORY, RanksFailed, run_ranks

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning_bharat.cluster import inventory
 from lightning_bharat.cluster.link_speed import SpeedServer, measure
 from lightning_bharat.cluster.node import Node, from_text, to_text
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from lightning_bharat.commands import launch
 from lightning_bharat.commands.nodes import nodes_table
 from lightning_bharat.plan.cluster import Cluster, ClusterError, Link

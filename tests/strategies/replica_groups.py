@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bharat import TorchFTStrategy
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from tests.ranks import server
 
 SAMPLES, STEPS = 48, 50

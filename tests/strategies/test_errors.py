@@ -155,7 +155,7 @@ def fit(place: str, failing_rank: int, how: str, others: str, strategy: str = "d
 
 def ends(function, ranks: int, *args: object) -> list[RankOutcome]:
     """Run, and check what holds for all: every rank ended by itself, in time, with an exit code that says so."""
-    outcomes = server.start(function, ranks, *args).wait(timeout=25, grace=20)
+    outcomes = server.start(function, ranks, *args, grace=20).wait(timeout=25)
     ended = time.monotonic()
     everything = "\n".join(f"{outcome.summary()}\n{outcome.output}" for outcome in outcomes)
     assert not any(outcome.timed_out for outcome in outcomes), everything

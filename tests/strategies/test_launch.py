@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lightning_bharat.cluster.outcome import RankOutcome
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from tests.ranks import fresh_ranks, run_ranks, torchrun
 from tests.slurm import is_missing, slurm, srun
 from tests.strategies import launched
