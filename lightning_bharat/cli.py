@@ -43,6 +43,7 @@ COMMANDS = {
     "launch": Command(
         "start a script on ranks, and keep it running", "lightning_bharat.commands.launch:command", project=True
     ),
+    "report": Command("write what a study found, as a page and Markdown", "lightning_bharat.commands.report:report"),
     "data fetch": Command(
         "fetch real text: English, on Debian also Indian languages", "lightning_bharat.commands.data:fetch"
     ),
