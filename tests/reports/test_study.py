@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from lightning_bharat.cli import main
-from lightning_bharat.cluster.warm import free_port
+from lightning_bharat.cluster.warm_job import free_port
 from lightning_bharat.reports.study import StudyReport
 from lightning_bharat.reports.study_coverage import Coverage
 from lightning_bharat.reports.study_resources import Use
