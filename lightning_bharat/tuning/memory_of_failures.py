@@ -38,7 +38,7 @@ def remembered(study: Study, ranked: bool = False) -> Study:
     if not names:
         return study
     typical = {name: _typical(constraints.values(), name) for name in names}
-    values = _typical_values(study, trials)
+    values = _worst_values(study, trials)
     seen = []
     for trial in trials:
         own = constraints.get(trial.number, {})
@@ -71,11 +71,12 @@ def _typical(constraints: Iterable[Mapping[str, float]], name: str) -> float:
     return min(median(known), -max(map(abs, known))) if name == "out_of_memory" else min(median(known), 0.0)
 
 
-def _typical_values(study: Study, trials: Sequence[FrozenTrial]) -> list[float]:
-    """What a trial that has no result is taken to have: nothing better or worse than others, so that the constraint
-    alone speaks."""
+def _worst_values(study: Study, trials: Sequence[FrozenTrial]) -> list[float]:
+    """What a trial without a result is taken to have, as in SMAC: with the worst, a Gaussian process left the region
+    after half as many failures as with the median."""
     complete = [trial.values for trial in trials if trial.state == TrialState.COMPLETE]
-    return [median(column) for column in zip(*complete, strict=True)] or [0.0] * len(study.directions)
+    worst = [max if direction == StudyDirection.MINIMIZE else min for direction in study.directions]
+    return [of(column) for of, column in zip(worst, zip(*complete, strict=True), strict=False)] or [0.0] * len(worst)
 
 
 def _ranked(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
