@@ -44,6 +44,7 @@ COMMANDS = {
         "start a script on ranks, and keep it running", "lightning_bharat.commands.launch:command", project=True
     ),
     "report": Command("write what a study found, as a page and Markdown", "lightning_bharat.commands.report:report"),
+    "tune": Command("search for the best options of a project", "lightning_bharat.commands.tune:main", project=True),
     "data fetch": Command(
         "fetch real text: English, on Debian also Indian languages", "lightning_bharat.commands.data:fetch"
     ),

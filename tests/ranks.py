@@ -41,6 +41,7 @@ server = WarmServer(
         "transformers.models.gpt2.modeling_gpt2",
         "lightning_bharat.cluster.rank_main",
         "lightning_bharat.cluster.warm",
+        "lightning_bharat.tuning.trial_run",
         "tests.ranks",
     )
 )

@@ -3,6 +3,7 @@
 from lightning_bharat.callbacks.data_loader_tuner import DataLoaderTuner
 from lightning_bharat.callbacks.fault_tolerant_checkpoint import FaultTolerantCheckpoint
 from lightning_bharat.callbacks.health_monitor import HealthMonitor
+from lightning_bharat.callbacks.optuna_pruning import OptunaPruning
 from lightning_bharat.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_bharat.callbacks.replica_check import ReplicaCheck, ReplicaError
 from lightning_bharat.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
@@ -15,6 +16,7 @@ __all__ = [
     "FaultTolerantCheckpoint",
     "HealthError",
     "HealthMonitor",
+    "OptunaPruning",
     "PipelineTimeline",
     "ReplicaCheck",
     "ReplicaError",

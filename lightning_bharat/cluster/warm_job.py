@@ -65,6 +65,11 @@ class WarmJob:
         return [process.pid for process in self._processes]
 
     @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self._processes)
+
+    @property
     def waitables(self) -> list[Any]:
         """For :func:`multiprocessing.connection.wait`: one is ready when :meth:`look` has something to see."""
         return [*self._running, *self._answers]

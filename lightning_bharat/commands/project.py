@@ -110,9 +110,8 @@ class ProjectCLI(LightningCLI):
     def __init__(self, grant: Callable[[pl.Trainer], None] | None = None, **kwargs: Any) -> None:
         register()
         self._grant = grant
-        super().__init__(
-            parser_class=ProjectParser, save_config_callback=SaveConfig, auto_configure_optimizers=False, **kwargs
-        )
+        kwargs.setdefault("save_config_callback", SaveConfig)
+        super().__init__(parser_class=ProjectParser, auto_configure_optimizers=False, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words that :func:`lightning_bharat.cli.main` passed on."""

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import ModelSummary, ThroughputMonitor
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
@@ -445,6 +446,12 @@ class LeftRun:
             made.__dict__["bharat_around"]["on_run_start"].pop("restart")
 
         _around(made, "on_run_start", after=begun, what="restart")
+
+
+def fits_in_children(trainer: pl.Trainer) -> bool:
+    """Whether ``fit`` starts the ranks as children that have the trainer alone (``ddp_fork``, ``ddp_spawn``), not the
+    whole script."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def use_no_grad(trainer: pl.Trainer) -> None:

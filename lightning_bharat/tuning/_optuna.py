@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import optuna
 from optuna import Study
 from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 Made = TypeVar("Made")
@@ -70,3 +72,18 @@ class StudyView:
     def trials(self) -> list[FrozenTrial]:
         """As ``Study.trials``."""
         return self._get_trials()
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """The storage that a study writes to."""
+    return study._storage
+
+
+def study_id(study: optuna.Study) -> int:
+    """The storage's number of a study."""
+    return study._study_id
+
+
+def trial_id(trial: optuna.Trial | FrozenTrial) -> int:
+    """The storage's number of a trial, which is not ``trial.number``: that counts within a study."""
+    return trial._trial_id

@@ -11,7 +11,7 @@ _trial: RemoteTrial | None = None
 
 
 def trial() -> RemoteTrial | None:
-    """The trial of ``bharat tune`` or :func:`lightning_bharat.tuning.tune` in whose rank this is; ``None`` elsewhere."""
+    """The trial of ``bharat tune`` or :func:`~lightning_bharat.tuning.tune` that this process is a rank of, if any."""
     return _trial
 
 

@@ -6,19 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from optuna import Trial
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+
+from lightning_bharat.tuning.suggest import suggest
 
 Question = tuple[str, tuple[Any, ...]]
 # What was raised, or None, and what is answered.
 Reply = tuple[Exception | None, Any]
 
 # Told by rank 0 alone, so that no other rank has a question to match them.
-_TOLD = ("report", "set_user_attr", "set_constraint")
+_TOLD = ("report", "note_resumed", "set_user_attr", "set_constraint")
 
 
 class TrialDesk:
@@ -26,11 +22,11 @@ class TrialDesk:
 
     Args:
         trial: Optuna's, of the controller's study.
-        heard: called after each report with its value and step.
+        resumed: called when the ranks go on from a checkpoint, with the number of reports before it.
     """
 
-    def __init__(self, trial: Trial, heard: Callable[[float, int], None] = lambda value, step: None) -> None:
-        self._trial, self._heard = trial, heard
+    def __init__(self, trial: Trial, resumed: Callable[[int], None] = lambda reports: None) -> None:
+        self._trial, self._resumed = trial, resumed
         self._asked: list[tuple[Question, Reply]] = []  # by rank 0, what others may ask too
         self._next: dict[int, int] = {}  # of other ranks: how many of them they have been given
         self._waiting: dict[int, Question] = {}
@@ -77,31 +73,15 @@ class TrialDesk:
             case "should_prune":
                 return self._trial.should_prune()
             case "report":
-                value, step = args
-                self._trial.report(value, step)
-                self._heard(value, step)
+                self._trial.report(*args)
+            case "note_resumed":
+                self._resumed(*args)
             case "set_user_attr":
                 self._trial.set_user_attr(*args)
             case "set_constraint":
                 self._trial.set_constraint(*args)
             case _:
                 raise ValueError(f"{what!r} is nothing that a trial can be asked")
-
-
-def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
-    """The trial's value of ``name`` from ``distribution``, by Optuna's public methods."""
-    match distribution:
-        case FloatDistribution():
-            return trial.suggest_float(
-                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-            )
-        case IntDistribution():
-            return trial.suggest_int(
-                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-            )
-        case CategoricalDistribution():
-            return trial.suggest_categorical(name, distribution.choices)
-    raise TypeError(f"{name}: {distribution!r} is not a float, integer or categorical distribution of Optuna")
 
 
 def _same(one: Question, other: Question) -> bool:

@@ -31,7 +31,7 @@ from lightning.pytorch.core import optimizer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops import fetchers, fit_loop, training_epoch_loop
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.strategies.launchers import multiprocessing, subprocess_script
 from lightning.pytorch.trainer.connectors import data_connector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -336,6 +336,15 @@ def launcher_calls_the_function() -> None:
     launcher = subprocess_script._SubprocessScriptLauncher(LightningEnvironment(), 1, 1)
     assert launcher.launch(lambda *args: args, 1, 2, trainer=None) == (1, 2)
     launcher.kill(15)
+
+
+@relied_on("_MultiProcessingLauncher")
+def forked_ranks_send_the_trainers_state() -> None:
+    """Strategies whose ranks are children have a _MultiProcessingLauncher, which sends rank 0's trainer.state."""
+    trainer = L.Trainer(strategy="ddp_fork", devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    launcher = trainer.strategy.launcher
+    assert type(launcher) is multiprocessing._MultiProcessingLauncher
+    assert "trainer.state = worker_output.trainer_state" in inspect.getsource(type(launcher))
 
 
 @relied_on("_TunerExitException")

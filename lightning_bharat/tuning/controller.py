@@ -1,0 +1,257 @@
+"""The controller of a study on this host: it alone asks and tells, and follows the trials that it has started."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from optuna import Study, Trial
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bharat.tuning.budget import Budget
+from lightning_bharat.tuning.desk import TrialDesk
+from lightning_bharat.tuning.engine import Engine, Job, host
+from lightning_bharat.tuning.interrupts import Interrupts
+from lightning_bharat.tuning.leases import Leases
+from lightning_bharat.tuning.limits import Limit, set_constraints
+from lightning_bharat.tuning.proposals import Proposals
+from lightning_bharat.tuning.record import code_version
+from lightning_bharat.tuning.resumed import checkpoint_of
+from lightning_bharat.tuning.retry import MAX_RETRIES, RETRY_OF, copy_reports, mend, retry, withdraw
+from lightning_bharat.tuning.slots import Slot
+from lightning_bharat.tuning.trial_run import CONFIG, Orders
+from lightning_bharat.tuning.verdict import Verdict, verdict
+
+_ADOPT = 1.0  # seconds between two looks for trials whose controllers are gone
+
+
+class SameError(RuntimeError):
+    """Trials one after another ended by the same error: it is the program's, and more would end by it too."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the trials of a study do.
+
+    Attributes:
+        folder: the study's.
+        config: for ``bharat fit``; ``None``: an objective function runs.
+        monitors: metrics that are a trial's values.
+        seed: of the trials.
+        prune: whether they are reported while a trial runs.
+        limits: on what trials measure; they become constraints.
+        max_retries: how often a trial that the machine ended is started again.
+        same_errors: how many trials one after another may end by one kind of error before the study does.
+    """
+
+    folder: Path
+    config: Path | None
+    monitors: Sequence[str]
+    seed: int | None = None
+    prune: bool = True
+    limits: Sequence[Limit] = ()
+    max_retries: int = MAX_RETRIES
+    same_errors: int = 3
+
+
+@dataclass
+class Running:
+    """A trial that has been started.
+
+    Attributes:
+        trial: Optuna's.
+        job: its ranks.
+        slot: where they run.
+        began: seconds of the monotonic clock.
+    """
+
+    trial: Trial
+    job: Job
+    slot: Slot
+    began: float = field(default_factory=time.monotonic)
+
+
+class Controller:
+    """Runs trials until there are enough.
+
+    Args:
+        study: Optuna's; its storage is written by controllers alone.
+        engine: starts the ranks of trials.
+        slots: one trial at a time runs in each.
+        proposals: gives the values of a trial.
+        budget: says when there are enough.
+        leases: tell the study's other controllers which trials are ours.
+        say: told of each end, in one line.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        engine: Engine,
+        slots: Sequence[Slot],
+        work: Work,
+        proposals: Proposals,
+        budget: Budget,
+        leases: Leases,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._study, self._engine, self._work = study, engine, work
+        self._proposals, self._budget, self._leases, self._say = proposals, budget, leases, say
+        self._free = list(slots)
+        self._running: list[Running] = []
+        self._adopted = -math.inf
+        self._code = code_version()
+        self._errors: list[str] = []
+
+    def run(self) -> None:
+        """Until the budget is spent, or a person interrupts.
+
+        A first Ctrl-C lets the running trials end; a second one, or SIGTERM, kills them: they are retried when the
+        study goes on.
+
+        Raises:
+            SameError: trials one after another ended by the same error.
+        """
+        with self._leases, Interrupts(self._say) as interrupts:
+            try:
+                while not interrupts.now:
+                    if not interrupts.after_trials:
+                        self._adopt()
+                        self._fill()
+                    if not self._running:
+                        break
+                    self._look()
+            finally:
+                self._stop()
+
+    def _fill(self) -> None:
+        while self._free and self._budget.open(self._study):
+            trial = self._proposals.next(self._study)
+            if not withdraw(self._study, trial) and self._leases.take(trial):
+                self._start(trial)
+
+    def _start(self, trial: Trial) -> None:
+        slot = self._free.pop(0)
+        folder = self._folder(trial.number)
+        orders = Orders(
+            study=self._study.study_name,
+            number=trial.number,
+            folder=folder,
+            cores=slot.cores,
+            params=trial.params if self._work.config else {},
+            user_attrs=trial.user_attrs,
+            config=self._work.config or Path(),
+            monitors=self._work.monitors,
+            ckpt_path=self._go_on(trial),
+            prune=self._work.prune,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        job = self._engine.start(orders, slot, TrialDesk(trial, partial(self._resumed, trial)).hear)
+        where = {"host": host(), "cores": slot.cores, "devices": slot.devices, "ranks": job.ranks}
+        record = {
+            "where": where,
+            "seed": self._work.seed,
+            "code": self._code,
+            "config": f"trials/{folder.name}/{CONFIG}",
+        }
+        for key, value in record.items():
+            trial.set_user_attr(key, value)
+        self._running.append(Running(trial, job, slot))
+
+    def _go_on(self, trial: Trial) -> str | None:
+        """The checkpoint from which a retried trial goes on."""
+        number = trial.user_attrs.get(RETRY_OF)
+        found = checkpoint_of(self._folder(number), self._say) if number is not None else None
+        return str(found) if found else None
+
+    def _resumed(self, trial: Trial, reports: int) -> None:
+        """What the retried trial had reported before its checkpoint is reported again."""
+        number = trial.user_attrs.get(RETRY_OF)
+        if number is not None:
+            old = next(one for one in self._study.get_trials(deepcopy=False) if one.number == number)
+            copy_reports(old, trial, reports - 1)
+
+    def _look(self) -> None:
+        """Wait until a trial has something to say; end those that are over."""
+        ready = wait([one for running in self._running for one in running.job.waitables], timeout=1.0)
+        for running in list(self._running):
+            if ready:
+                running.job.look(0)
+            if running.job.over:
+                self._end(running, verdict(running.job.finish()))
+        self._leases.renew()
+
+    def _end(self, running: Running, how: Verdict) -> None:
+        self._running.remove(running)
+        self._free.insert(0, running.slot)
+        trial = running.trial
+        try:
+            self._book(trial, how, {**how.record, "seconds": time.monotonic() - running.began})
+        except ValueError as error:  # a limit on what the trial did not measure
+            how = Verdict(TrialState.FAIL, f"error: {error}", error="ValueError")
+            self._book(trial, how, {})
+        except UpdateFinishedTrialError:
+            self._say(f"trial {trial.number}: another controller took this one for dead, and has ended it")
+            return
+        self._say(f"trial {trial.number}: {how.in_words}")
+        self._check_errors(trial.number, how)
+
+    def _book(self, trial: Trial, how: Verdict, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            trial.set_user_attr(key, value)
+        if how.machine:
+            retry(self._study, self._frozen(trial), how.end, self._work.max_retries)
+            return
+        if how.state != TrialState.FAIL or how.memory:
+            set_constraints(trial, self._work.limits, {**record, **how.metrics}, out_of_memory=how.memory)
+        trial.set_user_attr("end", how.end)
+        self._study.tell(trial, list(how.values) or None, state=how.state)
+
+    def _check_errors(self, number: int, how: Verdict) -> None:
+        """Remember how trials fail, until one of them does not."""
+        if how.state != TrialState.FAIL:
+            self._errors.clear()
+        elif how.error:
+            self._errors.append(how.error)
+        if self._errors[-self._work.same_errors :] == [how.error] * self._work.same_errors:
+            raise SameError(
+                f"{self._work.same_errors} trials one after another ended by {how.error}, the last one by {how.end}. "
+                f"The traceback is in {self._folder(number)}"
+            )
+
+    def _adopt(self) -> None:
+        """End the trials of controllers that are gone; they are retried, by whoever is the first to see it."""
+        if time.monotonic() - self._adopted < _ADOPT:
+            return
+        mend(self._study)
+        for orphan in self._leases.orphans():
+            if retry(self._study, orphan, "killed: its controller has ended", self._work.max_retries):
+                self._say(f"trial {orphan.number}: its controller has ended, and it is retried")
+        self._adopted = time.monotonic()
+
+    def _stop(self) -> None:
+        """Kill what runs; it is retried when the study goes on, however often that was."""
+        while self._running:
+            running = self._running.pop()
+            running.job.finish()
+            retry(self._study, self._frozen(running.trial), "killed: the study was interrupted", sys.maxsize)
+        self._engine.close()
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self._study._storage.get_trial(trial._trial_id)
+
+    def _folder(self, number: int) -> Path:
+        return trial_folder(self._work.folder, number)
+
+
+def trial_folder(study_folder: Path, number: int) -> Path:
+    """Where a trial's checkpoints, logs and output are."""
+    return study_folder / "trials" / f"{number:04d}"

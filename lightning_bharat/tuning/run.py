@@ -1,0 +1,159 @@
+"""A hyperparameter search over Trainer runs, as one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna import Study
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+
+from lightning_bharat.commands.project import BadInput
+from lightning_bharat.tuning.best import Best
+from lightning_bharat.tuning.budget import Budget
+from lightning_bharat.tuning.controller import Controller, Work
+from lightning_bharat.tuning.engine import WarmEngine
+from lightning_bharat.tuning.leases import Leases
+from lightning_bharat.tuning.limits import Limit
+from lightning_bharat.tuning.proposals import Proposals
+from lightning_bharat.tuning.pruners import make_pruner
+from lightning_bharat.tuning.retry import MAX_RETRIES
+from lightning_bharat.tuning.samplers import make_sampler
+from lightning_bharat.tuning.slots import slots
+from lightning_bharat.tuning.space import SearchSpace
+from lightning_bharat.tuning.stopping import make_rules
+from lightning_bharat.tuning.storage import open_storage
+from lightning_bharat.tuning.study_config import StudyCLI, StudyConfig
+
+Mode = Literal["min", "max"]
+_DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
+Objective = Callable[[Any], "float | Sequence[float]"]
+
+
+def tune(
+    target: str | Path | Objective | StudyConfig,
+    space: SearchSpace | str | Path | None = None,
+    *,
+    monitor: str | Sequence[str] = "val_loss",
+    mode: Mode | Sequence[Mode] = "min",
+    n_trials: int | None = None,
+    sampler: str | Mapping[str, Any] | BaseSampler = "tpe",
+    pruner: str | Mapping[str, Any] | BasePruner | None = None,
+    stop: Any = None,
+    limits: Sequence[Limit] = (),
+    workers: int = 1,
+    ranks: int = 1,
+    seed: int | None = None,
+    study_name: str | None = None,
+    folder: str | Path | None = None,
+    storage: str | Path | None = None,
+    max_retries: int = MAX_RETRIES,
+    args: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> Study:
+    """Search for the best settings of a LightningCLI project, or of an objective function.
+
+    A study is kept in its folder (``runs/NAME``): the same call again goes on with it. Each trial runs in processes of
+    its own, under whatever strategy the config names; this process alone holds the study.
+
+    Args:
+        target: a config of ``bharat fit`` (or one that is parsed already), or ``objective(trial) -> float`` as for
+            ``optuna.Study.optimize``.
+        space: what is searched, or its YAML file; for an objective nothing: it asks for its values itself.
+        monitor: the logged metric whose last value is a trial's; several for several objectives.
+        mode: ``"min"`` or ``"max"``, for each metric.
+        n_trials: the study's trials in all, over all its starts and hosts.
+        sampler: how points are chosen: see :func:`~lightning_bharat.tuning.samplers.make_sampler`.
+        pruner: how trials are cut short: see :func:`~lightning_bharat.tuning.pruners.make_pruner`.
+        stop: rules that end the study early: see :func:`~lightning_bharat.tuning.stopping.make_rules`.
+        limits: the most of something that a trial may need, such as ``Limit("peak_memory_bytes", "2 GiB")``: they are
+            constraints that are known after it.
+        workers: trials at a time on this host, each with its own share of cores and devices.
+        ranks: processes that call an objective together; a config has its ``trainer.devices``.
+        seed: of the sampler, and of trials whose config has no ``seed_everything``.
+        study_name: by default the config's file name, or the objective's.
+        folder: of the study.
+        storage: by default a journal in the folder; else ``sqlite:///…``, ``postgresql://…``, ``grpc://host:port``.
+        max_retries: how often a trial whose process was killed is started again, from its own checkpoint.
+        args: options of ``bharat fit`` over the config, such as ``["--data.batch_size=4"]``.
+        say: told one line at each trial's end.
+
+    Returns:
+        The study. The best trial's config is ``best.yaml`` in its folder, for ``bharat fit --config``.
+
+    Raises:
+        BadInput: what can't be done as it is, before anything runs.
+        SameError: trials one after another ended by the same error.
+    """
+    if n_trials is None and stop is None and sampler != "grid":
+        raise BadInput('nothing would end the study: write n_trials=40, or a rule such as stop={"name": "time", ...}')
+    monitors, modes = _listed(monitor), _listed(mode)
+    if len(modes) == 1:
+        modes *= len(monitors)
+    config = None if callable(target) else _config(target, args, seed)
+    searched = _space(space, config)
+    name = study_name or _name_of(target)
+    home = Path(folder or Path("runs", name)).absolute()
+    if len(modes) != len(monitors) or not set(modes) <= _DIRECTIONS.keys():
+        raise BadInput(
+            f'mode={mode!r}: expected "min" or "max", one for all of the {len(monitors)} metrics or for each'
+        )
+    directions = [_DIRECTIONS[one] for one in modes]
+    study = optuna.create_study(
+        study_name=name,
+        storage=open_storage(storage or home),
+        sampler=make_sampler(sampler, seed, searched, directions, n_trials),
+        pruner=make_pruner(pruner, directions=directions),
+        directions=directions,
+        load_if_exists=True,
+    )
+    work = Work(
+        home,
+        config.keep(home) if config else None,
+        monitors,
+        config.seed if config else None,
+        prune=len(monitors) == 1,
+        limits=limits,
+        max_retries=max_retries,
+    )
+    engine = WarmEngine(
+        target if callable(target) else None, lambda orders: config.ranks(orders.params) if config else ranks
+    )
+    engine.warm_up()
+    budget, best = Budget(n_trials, make_rules(stop)), Best(study, home, say)
+    Controller(study, engine, slots(workers), work, Proposals(searched), budget, Leases(study), best.trial_ended).run()
+    best.study_ended(budget.reason)
+    return study
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _config(target: str | Path | StudyConfig, args: Sequence[str], seed: int | None) -> StudyConfig:
+    if isinstance(target, StudyConfig):
+        return target
+    return StudyConfig(StudyCLI(["--config", str(target), *args]), seed or 0)
+
+
+def _space(space: SearchSpace | str | Path | None, config: StudyConfig | None) -> SearchSpace | None:
+    if config is None:
+        if space is not None:
+            raise BadInput(
+                "an objective asks for its values itself, by trial.suggest_float and others: leave space out"
+            )
+        return None
+    if space is None:
+        raise BadInput("a config needs a space: which of its options are searched, and where")
+    searched = space if isinstance(space, SearchSpace) else SearchSpace.from_yaml(space)
+    searched.check(config.words)
+    return searched
+
+
+def _name_of(target: str | Path | Objective | StudyConfig) -> str:
+    if isinstance(target, StudyConfig):
+        return target.name
+    return getattr(target, "__name__", "study") if callable(target) else Path(target).stem
