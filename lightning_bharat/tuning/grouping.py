@@ -1,7 +1,7 @@
 """The loggers of a study's trials, grouped by the study where a person did not group them.
 
 This is done in the config, before loggers are built: Comet's makes its run as it is built, and a logger's place can't
-be changed afterwards by anything public. So the trial's config says where it logs, too, and no tracker is imported.
+be changed afterwards by anything public. So the trial's config says where it logs, and no tracker is imported here.
 """
 
 from __future__ import annotations
@@ -83,8 +83,11 @@ def _set(logger: Any, kind: type, name: str, value: Any) -> None:
 
 
 def _arguments(kind: type) -> tuple[Mapping[str, Any], bool]:
-    """Arguments of a class with their defaults, through the classes that it passes ``**kwargs`` on to; and whether
-    there are still such at the end."""
+    """Arguments of a class with their defaults, through the classes that it passes ``**kwargs`` on to.
+
+    Returns:
+        Also whether there are still such at the end.
+    """
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is object:

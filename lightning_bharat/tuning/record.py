@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 GIT_SECONDS = 5.0  # for a repository on a slow disk; a trial is not held up for longer
@@ -113,13 +114,17 @@ class TrialRecorder(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note(trainer)
-        if trainer.world_size == 1:
+        # not the strategy's all_gather: that one may be over data ranks alone
+        if not (dist.is_available() and dist.is_initialized()) or (world := dist.get_world_size()) == 1:
             return
-        mine = torch.tensor([self._peak or 0, -1 if self._tokens is None else self._tokens], dtype=torch.int64)
-        ranks = trainer.strategy.all_gather(mine.to(trainer.strategy.root_device)).view(-1, 2)
-        self._peak = int(ranks[:, 0].max())
-        if bool((ranks[:, 1] >= 0).all()):  # ranks that share a batch have counted the same one
-            self._tokens = int(ranks[:, 1].sum()) * _data_ranks(trainer) // trainer.world_size
+        tokens = -1 if self._tokens is None else self._tokens
+        mine = torch.tensor([self._peak or 0, tokens], dtype=torch.int64, device=trainer.strategy.root_device)
+        gathered = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(gathered, mine)
+        peaks, counts = zip(*(ranks.tolist() for ranks in gathered), strict=True)
+        self._peak = max(peaks)
+        if min(counts) >= 0:  # ranks that share a batch have counted the same one
+            self._tokens = sum(counts) * _data_ranks(trainer) // world
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._note(trainer)
