@@ -93,8 +93,12 @@ def hypervolume(report: StudyReport) -> tuple[Picture, list[float] | None]:
 
 
 def reference_point(report: StudyReport) -> list[float] | None:
-    """A tenth of the range beyond the worst finite value of each objective; ``None``: there are no values."""
-    complete = [row.values for row in report.rows if row.state == "complete" and all(map(isfinite, row.values))]
+    """A tenth of the range beyond the worst value of each objective; ``None``: there are no values.
+
+    Of complete trials that keep their constraints and whose values are finite.
+    """
+    kept = [row for row in report.rows if row.state == "complete" and not row.violated]
+    complete = [row.values for row in kept if all(map(isfinite, row.values))]
     if not complete:
         return None
     point = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -24,7 +25,7 @@ from lightning_bharat.tuning.record import TrialRecorder, code_version, data_ver
 from tests.ranks import run_ranks
 
 ROWS, TIME, BATCH = 8, 6, 2
-MORE = 128 * 2**20  # bytes that rank 1 holds beside
+MORE = 128 * 2**20  # bytes that rank 1 holds for a moment
 
 
 class Fails(L.Callback):
@@ -40,7 +41,7 @@ class Fails(L.Callback):
 
 def recorded(strategy: dict[str, Any] | None, fails_at: int | None = None) -> dict[str, Any]:
     """The record of a fit over 8 rows of 6 tokens, and this process's own peak as ``mine``."""
-    held = torch.ones(MORE if os.environ.get("RANK") == "1" else 1, dtype=torch.uint8)
+    torch.ones(MORE if os.environ.get("RANK") == "1" else 1, dtype=torch.uint8)  # freed at once: a peak stays
     rows = torch.arange(ROWS * TIME).view(ROWS, TIME) % 16
     data = [{"input_ids": row, "labels": row} for row in rows]
     recorder = TrialRecorder()
@@ -127,8 +128,9 @@ def test_code_is_named_by_its_commit_and_whether_it_changed(tmp_path: Path, monk
 
 
 def test_data_are_named_by_what_they_know_of_themselves(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("so it goes on and on. " * 200)
-    data = TokenDataModule(str(tmp_path / "out"), texts=str(tmp_path / "text.txt"), vocab_size=300, sequence_length=8)
+    lines = (json.dumps({"text": f"so it goes on and on, number {i}. " * 9}) for i in range(40))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    data = TokenDataModule(str(tmp_path / "out"), texts=str(tmp_path / "text.jsonl"), vocab_size=300, sequence_length=8)
     assert data_version(data) is None and not (tmp_path / "out").exists()
     data.prepare_data()
     data.setup("fit")
