@@ -11,13 +11,13 @@ from urllib.parse import quote, urlencode
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-JOURNAL = "study.journal"
-_GRPC = "grpc://"
+from lightning_bharat.tuning.errors import StorageError
+from lightning_bharat.tuning.storage import JOURNAL, open_storage
 
 
 class StudyNotFound(ValueError):
@@ -70,22 +70,20 @@ def _storage(study: str) -> BaseStorage:
 
 
 def _database(url: str) -> BaseStorage:
-    if url.startswith(_GRPC):
-        host, _, port = url.removeprefix(_GRPC).partition(":")
-        return GrpcStorageProxy(host=host, port=int(port or 13000))
     try:
+        if not url.startswith("sqlite"):
+            return open_storage(url, must_exist=True)
         return RDBStorage(_only_read(url), skip_table_creation=True)
+    except StorageError as error:  # its message has no password in it
+        raise StudyNotFound(str(error)) from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyNotFound(f"{url} can't be read as a storage of Optuna: {reason}") from error
+        raise StudyNotFound(f"{url} can't be read as a storage of Optuna: {str(error).splitlines()[0]}") from error
 
 
 def _only_read(url: str) -> str:
     """SQLite would make a file that is not there, and Optuna tables in one of something else."""
     found = make_url(url)
-    if not found.drivername.startswith("sqlite") or not found.database or found.database.startswith("file:"):
-        return url
-    if not Path(found.database).is_file():
+    if not found.database or not Path(found.database).is_file():
         raise StudyNotFound(f"{url}: there is no file {found.database}; write the path of one that holds a study")
     place = f"file:{quote(found.database)}"
     return f"{found.drivername}:///{place}?{urlencode({**found.query, 'mode': 'ro', 'uri': 'true'}, doseq=True)}"

@@ -339,6 +339,12 @@ def test_what_is_no_study_is_refused_and_nothing_is_made(
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "other.db").stat().st_size == 0
 
 
+def test_a_server_that_is_not_there_is_said_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"postgresql://me:secret@127.0.0.1:{free_port()}/studies"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("bharat report: error: ") and "127.0.0.1" in message and "secret" not in message
+
+
 def test_optuna_dashboard_opens_a_study(tmp_path: Path) -> None:
     journal(tmp_path / "study", f"seen-{random.random()}")
     port = free_port()
