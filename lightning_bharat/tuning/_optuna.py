@@ -30,6 +30,11 @@ def all_trials(study: Study) -> list[FrozenTrial]:
     return study._storage.get_all_trials(study._study_id, deepcopy=False)
 
 
+def sampled_trials(study: Study) -> list[FrozenTrial]:
+    """The trials that Optuna's samplers read. Under Hyperband that is not ``get_trials()``, which has one bracket."""
+    return study._get_trials(deepcopy=False)
+
+
 def note(study: Study, trial: FrozenTrial, key: str, value: Any) -> None:
     """Write a JSON value beside the trial."""
     study._storage.set_trial_system_attr(trial._trial_id, key, value)
@@ -48,10 +53,7 @@ def made(make: Callable[..., Made], options: Mapping[str, Any]) -> Made:
 
 
 class StudyView:
-    """A study whose trials a sampler sees as ``trials``; all else is the study's own.
-
-    Hyperband shows a sampler the trials of one bracket in the same way.
-    """
+    """A study whose trials a sampler sees as ``trials``; all else is the study's own."""
 
     def __init__(self, study: Study, trials: Sequence[FrozenTrial]) -> None:
         self._study, self._seen = study, trials

@@ -20,7 +20,7 @@ from optuna import Study
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bharat.tuning._optuna import CONSTRAINT, StudyView
+from lightning_bharat.tuning._optuna import CONSTRAINT, StudyView, sampled_trials
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -29,10 +29,10 @@ def remembered(study: Study, ranked: bool = False) -> Study:
     """The study as a sampler should see it: itself, as long as no trial has a constraint.
 
     Args:
-        study: the study, or the part of it that a pruner shows.
+        study: the study, or what Hyperband shows in its place.
         ranked: for a sampler that reads values alone: worsen those of trials that break a limit.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials = sampled_trials(study)
     constraints = {trial.number: trial.constraints for trial in trials if trial.state in _ENDED}
     names = sorted({name for each in constraints.values() for name in each})
     if not names:

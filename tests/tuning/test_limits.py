@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from lightning_bharat.tuning.limits import OUT_OF_MEMORY, PEAK_MEMORY, Limit, quantity, set_constraints
 from lightning_bharat.tuning.memory_of_failures import remembered
+from lightning_bharat.tuning.pruners import make_pruner
 from lightning_bharat.tuning.samplers import make_sampler
 
 MEMORY = 0.4  # of a model of width * depth
@@ -46,6 +47,21 @@ def test_a_region_that_runs_out_of_memory_is_left(name: str, trials: int, seeds:
     learned = sum(sum(out_of_memory(study(name, seed), trials, limits)[10:]) for seed in range(seeds))
     ignored = sum(sum(out_of_memory(study(name, seed), trials, None)[10:]) for seed in range(seeds))
     assert learned < (0.5 if name != "cmaes" else 0.85) * ignored
+
+
+def test_hyperband_hides_no_failures() -> None:
+    """Its study gives a bracket by `get_trials`, and samplers read all: with a mixture NSGA-II met trials without
+    values."""
+    pruner = make_pruner({"name": "hyperband", "min_resource": 1, "max_resource": 9})
+    tried = optuna.create_study(study_name="s", pruner=pruner)
+    for number in range(12):
+        trial = tried.ask()
+        set_constraints(trial, [], {}, out_of_memory=number == 0)
+        tried.tell(trial, **({"values": 1.0} if number else {"state": TrialState.FAIL}))
+    brackets = [optuna.pruners._filter_study(tried, trial) for trial in tried.trials]
+    assert len(brackets[0].get_trials()) < 12
+    for bracket in brackets:
+        assert [trial.state.name for trial in remembered(bracket).trials] == ["COMPLETE"] * 12
 
 
 def test_the_trial_stays_failed_and_is_never_the_best() -> None:
