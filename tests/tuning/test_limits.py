@@ -56,6 +56,8 @@ def test_hyperband_hides_no_failures() -> None:
     tried = optuna.create_study(study_name="s", pruner=pruner)
     for number in range(12):
         trial = tried.ask()
+        trial.report(1.0, 1)
+        trial.should_prune()  # makes the brackets
         set_constraints(trial, [], {}, out_of_memory=number == 0)
         tried.tell(trial, **({"values": 1.0} if number else {"state": TrialState.FAIL}))
     brackets = [optuna.pruners._filter_study(tried, trial) for trial in tried.trials]
