@@ -7,18 +7,18 @@ or had no room, swallows the next one, and from then on no process can open the 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from optuna.logging import get_logger
 from optuna.storages.journal import JournalFileBackend
 
 from lightning_bharat.tuning.errors import StorageError
 from lightning_bharat.tuning.journal_lock import JournalLock
 
 _RECORD = b'{"op_code":'  # as Optuna writes each
-_logger = get_logger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Journal(JournalFileBackend):

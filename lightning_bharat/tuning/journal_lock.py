@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import stat
 import threading
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from optuna.logging import get_logger
 from optuna.storages.journal import JournalFileOpenLock
 
 from lightning_bharat.tuning.process import ProcessId
@@ -22,7 +22,7 @@ from lightning_bharat.tuning.process import ProcessId
 GRACE = 10.0  # seconds that a holder who can't be seen from here may hold it: an append takes milliseconds
 _WARN = 10.0  # seconds
 _threads = threading.Lock()  # a record lock keeps processes apart, not threads
-_logger = get_logger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class JournalLock(JournalFileOpenLock):
@@ -78,18 +78,38 @@ class JournalLock(JournalFileOpenLock):
         self._token = ""
 
     def _create(self, token: str) -> bool:
-        try:
-            file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-        except FileExistsError:
-            return False
         self._token = token
         try:
-            os.write(file, token.encode())
+            try:
+                self._create_named(token.encode())
+            except OSError as error:
+                if isinstance(error, FileExistsError):
+                    raise
+                self._create_then_name(token.encode())
+        except FileExistsError:
+            return False
+        return True
+
+    def _create_named(self, token: bytes) -> None:
+        """The name is in the file when it appears, so a kill never leaves a lock of nobody."""
+        file = os.open(self.path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(file, token)
+            # Only with a folder does Python pass on that the link is to be followed.
+            os.link(f"/proc/self/fd/{file}", self.path, src_dir_fd=file, follow_symlinks=True)
+        finally:
+            os.close(file)
+
+    def _create_then_name(self, token: bytes) -> None:
+        """Where files can't be without a name (NFS): a kill between the two leaves a lock that has the grace."""
+        file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(file, token)
         except OSError:  # a full disk: the lock holds without a name, too
             found = os.fstat(file)
             self._token = f"{found.st_ino} {found.st_mtime_ns}"
-        os.close(file)
-        return True
+        finally:
+            os.close(file)
 
     def _holder(self) -> str:
         """What tells this holding of the lock from every other; empty if nobody has it."""

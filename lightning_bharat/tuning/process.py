@@ -28,8 +28,12 @@ class ProcessId:
     @classmethod
     def own(cls) -> ProcessId:
         """The process that asks."""
-        _, start = _look_up(os.getpid())
-        return cls(os.uname().nodename, _kernel(), os.getpid(), start)
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """A process of this host that lives now."""
+        return cls(os.uname().nodename, _kernel(), pid, _look_up(pid)[1])
 
     @classmethod
     def read(cls, found: Any) -> ProcessId | None:
