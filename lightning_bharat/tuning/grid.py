@@ -66,9 +66,10 @@ class Grid(BaseSampler):
         return len(self._points)
 
     def is_exhausted(self, study: Study) -> bool:
-        """Whether no point is left to hand out: each has a trial that is done or running. One that runs may be killed
-        yet, so ask again when all have ended."""
-        return not self._owed(study)
+        """Whether no point is left to hand out: each has a trial that is done or running, and none waits to be retried.
+        One that runs may be killed yet, so ask again when all have ended."""
+        waits = any(trial.state == TrialState.WAITING for trial in all_trials(study))
+        return not waits and not self._owed(study)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Hand the trial a point.
@@ -76,9 +77,9 @@ class Grid(BaseSampler):
         Raises:
             ValueError: no point is left, or none has what the enqueued trial fixes.
         """
-        fixed = trial.system_attrs.get(FIXED, {})
-        if set(self.values) <= set(fixed):
+        if self._point_of(trial) is not None:  # enqueued with all of it, or a retry
             return
+        fixed = trial.system_attrs.get(FIXED, {})
         owed = [point for point in self._owed(study) if self._fits(point, fixed)]
         if not owed:
             give_up(study, trial)

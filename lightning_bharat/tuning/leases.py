@@ -22,7 +22,7 @@ from lightning_bharat.tuning.process import ProcessId
 
 SECONDS = 60.0
 _LEASE = "bharat:lease:"  # in the study, with the lease's name behind it
-_RUN_BY = "bharat:run_by"  # in a trial: the lease's name
+RUN_BY = "bharat:run_by"  # in a trial: the lease's name
 _LOOKS = 3  # that must have found nothing new: one look after a long pause of this process says nothing
 
 
@@ -89,7 +89,7 @@ class Leases:
             False if another controller has ended it meanwhile, as this one stood still for too long: don't run it.
         """
         try:
-            storage_of(self.study).set_trial_system_attr(trial_id(trial), _RUN_BY, self.name)
+            storage_of(self.study).set_trial_system_attr(trial_id(trial), RUN_BY, self.name)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
         return True
@@ -108,7 +108,7 @@ class Leases:
         dead, others_live = self._judge()
         found = []
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            name = trial.system_attrs.get(_RUN_BY)
+            name = trial.system_attrs.get(RUN_BY)
             if name in dead or (name is None and self._was_left(trial, others_live)):
                 found.append(trial)
         return found

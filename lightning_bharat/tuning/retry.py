@@ -21,13 +21,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bharat.tuning._optuna import storage_of, trial_id
+from lightning_bharat.tuning.leases import RUN_BY
 
 RETRY_OF = "retry_of"
 MAX_RETRIES = 3
 _OWED = "bharat:retry"  # in a failed trial: it is owed a successor
 # Of one run, not of the point: the successor writes its own.
 _OF_A_RUN = {"config", "code", "data", "peak_memory_bytes", "seconds", "steps", "tokens", "end", "where"}
-_RESULTS = ("bharat:", "completed_rung_", "constraints", "terminator:")  # beginnings of system attributes
+# Beginnings of system attributes; what a sampler noted (a grid's point, the parameters of a queued trial) is kept.
+_RESULTS = (_OWED, RUN_BY, "completed_rung_", "constraints", "terminator:")
 
 
 def retry(study: optuna.Study, trial: FrozenTrial, end: str, max_retries: int = MAX_RETRIES) -> bool:

@@ -19,6 +19,8 @@ from optuna.trial import TrialState
 from lightning_bharat.cluster.warm_job import free_port
 from lightning_bharat.tuning import storage as storages
 from lightning_bharat.tuning.errors import StorageError
+from lightning_bharat.tuning.leases import Leases
+from lightning_bharat.tuning.retry import retry
 from lightning_bharat.tuning.storage import open_storage
 from tests.tuning.postgres import Postgres, postgres
 
@@ -140,7 +142,14 @@ def test_a_grpc_server_that_is_killed_and_started_again_goes_on(
         open_storage(f"grpc://localhost:{port}").close()
         run(study, 1)
         assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
-    assert len(study_in(where).trials) == 3
+        with Leases(study) as leases:
+            killed = study.ask()
+            killed.suggest_float("x", 0, 1)
+            assert leases.take(killed) and leases.orphans() == []
+            assert retry(study, study.trials[3], "killed")
+            again = study.ask()
+        assert again.params == killed.params and again.user_attrs == {"retry_of": 3}
+    assert [trial.state.name for trial in study_in(where).trials] == ["COMPLETE"] * 3 + ["FAIL", "RUNNING"]
 
 
 def test_a_grpc_server_that_is_not_there_is_said_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
