@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ def run_config(orders: Orders) -> Result:
     """Fit the config of the study with the trial's values."""
     trial = _begin(orders)
     cli = TrialCLI(orders)
+    if orders.ckpt_path and not cli.recorder.record()["steps"]:  # the trial was cut off after its end
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule)
+        if not set(orders.monitors) <= cli.trainer.callback_metrics.keys():  # it logs one of them while it trains
+            cli = TrialCLI(replace(orders, ckpt_path=None))
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if value.numel() == 1}
     values = [] if trial.pruned_at is not None else _values(metrics, orders.monitors)
     return Result(values, trial.pruned_at, cli.recorder.record(), metrics)
