@@ -1,6 +1,6 @@
 # make demo    from nothing to a hybrid run on four ranks, over the curve of one process
 # make test    ruff, mypy and pytest
-# make chaos   a hundred runs that lose a rank at a random moment, some that lose a host, and jobs of Slurm
+# make chaos   a hundred runs that lose a rank at a random moment, studies that are killed, lost hosts, jobs of Slurm
 # make lint    the first two · make format · make bench · make clean
 #
 # Everything runs in .venv, which is made once from pyproject.toml and constraints.txt. Another Python: PYTHON=python3.12.
@@ -24,6 +24,7 @@ test: lint
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.faults.chaos --runs 100
+	$(BIN)/python -m tests.tuning.kills --kills 60
 	$(BIN)/python -m pytest tests/faults/stopped_group.py
 	$(BIN)/python -m tests.faults.two_hosts || test $$? = 77
 	$(BIN)/python -m tests.faults.slurm_jobs || test $$? = 77

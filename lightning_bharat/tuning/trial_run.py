@@ -113,12 +113,13 @@ class TrialCLI(ProjectCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse them; loggers are grouped by the study."""
         super().parse_arguments(parser, args)
+        self._as_given = self.config["fit"]
         self.config["fit"] = group_loggers(self.config["fit"], self._orders.study, self._orders.number)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """In the trial's folder; the config that is kept there is that of a fit anywhere."""
         if int(os.environ.get("RANK", 0)) == 0:
-            options = self.config.fit.clone()
+            options = self._as_given.clone()
             options.pop("config", None)
             options["ckpt_path"] = None
             self._parser("fit").save(

@@ -68,6 +68,9 @@ POINTS = {
     "rank before its answer": Point(trial_run, "_values", after=True, of_rank=True),
 }
 
+# What happens once in a rank's or a controller's life here.
+ONCE = ("failed, successor not there", "rank before its answer")
+
 
 class ForkServer(WarmServer):
     """Forks from the controller, which has imported everything: a cold process server for each would cost seconds."""
@@ -211,9 +214,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     kills = parser.parse_args().kills
-    names, bad = list(POINTS), 0
-    for number in range(kills):
-        point, at = names[number % len(names)], 1 + number // len(names)
+    often = [name for name in POINTS if name not in ONCE]
+    plan = [(name, 1) for name in ONCE] + [(often[i % len(often)], 1 + i // len(often)) for i in range(kills)]
+    bad = 0
+    for number, (point, at) in enumerate(plan[:kills]):
         began = time.monotonic()
         wrong = check(point, at)
         bad += bool(wrong)
