@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -17,8 +16,7 @@ from lightning_bharat.health import random_state
 from lightning_bharat.strategies.again import again
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """A batch of the window.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import exp, inf, isnan, log
@@ -49,16 +49,19 @@ class Run:
         module = trainer.lightning_module
         self.trainer, self._policy, self._recompute_every = trainer, policy, recompute_every
         self._device, self._name = trainer.strategy.root_device, rank_name(trainer)
+        self._is_on_host, self._world = self._device.type == "cpu", trainer.world_size
         self._exchange = Exchange(self._device)
-        self._check = BatchCheck(vocab_size, policy["data"] == "skip")
-        self._drift = DriftDetector()
-        self._shares: dict[int, NormShare] = {}
-        self._spikes: dict[tuple[int, str], SpikeDetector] = {}
+        self._check = BatchCheck(vocab_size, policy["data"] == "skip") if policy.wants("data") else None
+        self._drift = DriftDetector() if policy.wants("drift") else None
+        self._shares: dict[Any, NormShare] = {}
+        self._wants_spikes = policy.wants("spike")
+        self._spikes = defaultdict[Any, tuple[SpikeDetector, SpikeDetector]](lambda: (SpikeDetector(), SpikeDetector()))
         self._plugin: Any = trainer.precision_plugin
         is_norm = trainer.gradient_clip_algorithm in (None, "norm")
         self._clips = hasattr(self._plugin, "norm_of") and bool(trainer.gradient_clip_val) and is_norm
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._by_hand = not module.automatic_optimization
+        self._batch_progress = trainer.fit_loop.epoch_loop.batch_progress
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.window: list[Kept] = []
         self._losses: list[Tensor] = []
@@ -68,23 +71,26 @@ class Run:
         self.last: Step | None = None
         self.is_again = False
 
-    def batch_starts(self, batch: Any, index: int) -> Iterator[Finding]:
+    def batch_starts(self, batch: Any, index: int) -> list[Finding]:
         """Look at a batch, and keep it for as long as its step may be computed again."""
         self.batches += 1
         leaves = _leaves(batch)
-        if self._policy.wants("data"):
+        if self._check is not None:
             is_bad, what = self._check.look(batch, leaves)
             if is_bad is not False:
                 self._bad.append((is_bad, what, index))
         arguments = (batch, index) if self._takes_index else (batch,)
-        due = self._recompute_every is not None
-        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self.window.append(Kept(arguments, random_state.taken(self._device, all_of_them=due), number))
+        states = random_state.taken(self._device, all_of_them=self._is_computed_again())
+        self.window.append(Kept(arguments, states, self._batch_progress.total.ready))
         if self._by_hand and len(self.window) > 1:  # nobody knows when such a step is made
             self.window, self._losses = self.window[-1:], []
-        if self._policy.wants("drift"):
-            for words in self._drift.look(batch, leaves):
-                yield Finding("drift", f"{here(self.trainer)}: {words}", self.trainer.global_rank)
+        drifted = self._drift.look(batch, leaves) if self._drift is not None else ()
+        return [Finding("drift", f"{here(self.trainer)}: {words}", self.trainer.global_rank) for words in drifted]
+
+    def _is_computed_again(self) -> bool:
+        """Whether the step that is being made will be."""
+        due = self._recompute_every
+        return due is not None and self.steps % due == due - 1
 
     def loss_is(self, loss: Tensor) -> None:
         """That of a batch, its share of the accumulated one."""
@@ -93,36 +99,35 @@ class Run:
     def step_of(self, optimizer: Any) -> list[Finding]:
         """What all ranks have found before ``optimizer`` makes a step; the same on all."""
         with as_held():
-            place, step = self._exchanged(optimizer)
-            findings = list(self._found(optimizer, place, step))
+            step = self._exchanged(optimizer)
+            findings = list(self._found(optimizer, step))
         self.last, self.window, self._losses, self._bad = step, [], [], []
         self.steps += 1
         return findings
 
-    def _exchanged(self, optimizer: Any) -> tuple[int, Step]:
-        place = [o is optimizer for o in self.trainer.optimizers].index(True)
-        squared = self._squared(place, optimizer)
+    def _exchanged(self, optimizer: Any) -> Step:
+        squared = self._squared(optimizer)
         loss: Any = sum(self._losses[1:], start=self._losses[0]) if self._losses else 0.0
         if self._scaler is not None:
             loss = loss / self._scaler.get_scale()
         bad: Any = False
         for is_bad, _, _ in self._bad:
             bad = is_bad if bad is False else bad | is_bad
-        return place, self._exchange.step(loss, squared, len(self.inbox), bad)
+        return self._exchange.step(loss, squared, len(self.inbox), bad)
 
-    def _squared(self, place: int, optimizer: Any) -> Tensor | float:
+    def _squared(self, optimizer: Any) -> Tensor | float:
         """This rank's share of the squared norm."""
         if self._clips:
             total: Any = self._plugin.norm_of(optimizer)  # which clipping needs, too
-            total = float(total) if self._device.type == "cpu" else total.double()
-            return total * total / self.trainer.world_size
+            total = total.item() if self._is_on_host else total.double()
+            return total * total / self._world
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        share = self._shares.get(place)
+        share = self._shares.get(optimizer)
         if share is None or len(share.parameters) != len(parameters):
-            share = self._shares[place] = NormShare(parameters, holder(self.trainer))
+            share = self._shares[optimizer] = NormShare(parameters, holder(self.trainer))
         return share.squared(self._device)
 
-    def _found(self, optimizer: Any, place: int, step: Step) -> Iterator[Finding]:
+    def _found(self, optimizer: Any, step: Step) -> Iterator[Finding]:
         if step.reports:
             yield from flat(gathered([self.inbox.popleft() for _ in range(len(self.inbox))]))
         if step.bad_batches:
@@ -133,10 +138,9 @@ class Run:
             if self._policy.wants("nan"):
                 yield self._not_finite(optimizer)
             return
-        if self._policy.wants("spike"):
-            yield from self._spiked(place, step)
-        due = self._recompute_every
-        if due is not None and self.steps % due == due - 1:
+        if self._wants_spikes:
+            yield from self._spiked(optimizer, step)
+        if self._is_computed_again():
             with self._again():
                 replay = Replay(self.trainer, optimizer)
                 yield from corrupted(self.trainer, self.window, self._losses, replay, self._name)
@@ -152,16 +156,17 @@ class Run:
         with self._again():
             return why_not_finite(self.trainer, self.window, replay, self._name)
 
-    def _spiked(self, place: int, step: Step) -> Iterator[Finding]:
+    def _spiked(self, optimizer: Any, step: Step) -> Iterator[Finding]:
+        losses, norms = self._spikes[optimizer]
+        if (far := losses.look(step.loss)) is not None:
+            yield self._spike("loss", step.loss, far, losses.usual())
         # A norm's noise multiplies it, so its logarithm is looked at; that of a loss is added to it.
-        for what, value, seen in (("loss", step.loss, step.loss), ("gradient norm", step.norm, _log(step.norm))):
-            detector = self._spikes.get((place, what))
-            if detector is None:
-                detector = self._spikes[place, what] = SpikeDetector()
-            if (far := detector.look(seen)) is not None:
-                usual = detector.usual() if what == "loss" else exp(detector.usual())
-                words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {usual:.4g}"
-                yield Finding("spike", f"step {self.trainer.global_step}: {words}", facts={"value": value})
+        if (far := norms.look(_log(step.norm))) is not None:
+            yield self._spike("gradient norm", step.norm, far, exp(norms.usual()))
+
+    def _spike(self, what: str, value: float, far: float, usual: float) -> Finding:
+        words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {usual:.4g}"
+        return Finding("spike", f"step {self.trainer.global_step}: {words}", facts={"value": value})
 
     @contextmanager
     def _again(self) -> Iterator[None]:
@@ -178,6 +183,6 @@ def _log(norm: float) -> float:
 
 def _leaves(batch: Any) -> list[Any]:
     """Quickly where a batch is a dict of tensors, as most are."""
-    if type(batch) is dict and all(type(value) is Tensor for value in batch.values()):
+    if type(batch) is dict and {type(value) for value in batch.values()} == {Tensor}:
         return list(batch.values())
     return tree_leaves(batch)

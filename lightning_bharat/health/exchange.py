@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What all ranks know of a step before the optimizer makes it.
 
     Attributes:
@@ -43,7 +41,7 @@ class Exchange:
 
     def __init__(self, device: torch.device) -> None:
         self._mine = torch.zeros(4, dtype=torch.float64, device=device)
-        # Numbers go in and out by NumPy's view of it on the CPU, without operators.
+        # On the CPU numbers go in and out by NumPy's view of it, without operators.
         self._view = self._mine.numpy() if device.type == "cpu" else None
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -56,13 +54,21 @@ class Exchange:
             reports: what it has to tell.
             bad_batch: whether its batch is one, which may not be known on the host yet.
         """
-        mine: Any = self._mine if self._view is None else self._view
-        mine[0], mine[1], mine[2], mine[3] = loss, squared, reports, bad_batch
-        if self._ranks > 1:
-            dist.all_reduce(self._mine)
-        total, square, told, bad = mine.tolist()
+        mine: Any = (loss, squared, reports, bad_batch)
+        if self._view is not None:
+            mine = [number.item() if isinstance(number, Tensor) else number for number in mine]
+        if self._view is None or self._ranks > 1:
+            mine = self._summed(mine)
+        total, square, told, bad = mine
         norm = sqrt(square) if square >= 0 else square
         return Step(total / self._ranks, norm, _count(told), _count(bad))
+
+    def _summed(self, mine: Sequence[Any]) -> list[float]:
+        into: Any = self._mine if self._view is None else self._view
+        into[0], into[1], into[2], into[3] = mine
+        if self._ranks > 1:
+            dist.all_reduce(self._mine)
+        return into.tolist()
 
 
 def gathered(mine: Any) -> list[Any]:

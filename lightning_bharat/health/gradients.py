@@ -40,11 +40,11 @@ class NormShare:
         self._shares = torch.empty(0)
 
     @torch.no_grad()
-    def squared(self, device: torch.device) -> Tensor:
-        """0-dimensional, float64, on ``device``."""
+    def squared(self, device: torch.device) -> Tensor | float:
+        """0-dimensional, float64, on ``device``; on the CPU a number of Python's."""
         present = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         if not present:
-            return torch.zeros((), dtype=torch.float64, device=device)
+            return 0.0
         if present != self._present:
             held = [self._held(self.parameters[i]) for i in present]
             self._present, self._pieces = present, [each.piece for each in held]
@@ -53,8 +53,7 @@ class NormShare:
         pieces = [piece(self.parameters[i].grad) for i, piece in zip(present, self._pieces, strict=True)]  # type: ignore[arg-type]
         norms = torch._foreach_norm(pieces, 2, dtype=_sums_in(pieces))
         if device.type == "cpu":  # where some numbers are added faster by themselves than by operators
-            parts = (float(norm) ** 2 * share for norm, share in zip(norms, self._listed, strict=True))
-            return torch.tensor(sum(parts), dtype=torch.float64)
+            return sum(norm.item() ** 2 * share for norm, share in zip(norms, self._listed, strict=True))
         stacked = torch.stack(norms).to(device, torch.float64)
         return torch.dot(stacked * stacked, self._shares)
 

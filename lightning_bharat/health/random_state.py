@@ -15,7 +15,7 @@ def taken(device: torch.device, all_of_them: bool = True) -> tuple[Any, ...]:
     """Where torch's generators are, and Python's and NumPy's with ``all_of_them``."""
     of_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
     others = (random.getstate(), np.random.get_state()) if all_of_them else ()
-    return torch.get_rng_state(), of_device, *others
+    return torch.default_generator.get_state(), of_device, *others
 
 
 def put(states: tuple[Any, ...], device: torch.device) -> None:
