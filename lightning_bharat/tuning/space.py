@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial
 
-from lightning_bharat.expressions import Expression, ExpressionError, unknown
+from lightning_bharat.expressions import unknown
+from lightning_bharat.tuning.parameters import Parameter, SpaceError, When, expression_of, parameter_of, values_of
 from lightning_bharat.tuning.suggest import suggest
 
+__all__ = ["SearchSpace", "SpaceError", "When"]
 
-class SpaceError(ValueError):
-    """A search space that can't be searched; says which key is wrong, why, and what to write."""
-
-
-@dataclass(frozen=True)
-class When:
-    """A parameter that is there only for some values of others.
-
-    Args:
-        condition: another parameter's key, which must be true, or an expression over keys, as in
-            ``"model.kind == 'moe'"``. Where it names a parameter that is itself not there, it does not hold.
-        distribution: Optuna's, or another ``When``, whose condition must hold too.
-    """
-
-    condition: str
-    distribution: BaseDistribution | When
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One key of a space.
-
-    Attributes:
-        distribution: Optuna's.
-        conditions: all must hold.
-    """
-
-    distribution: BaseDistribution
-    conditions: tuple[Expression, ...] = ()
-
-    def is_there(self, values: Mapping[str, Any]) -> bool:
-        """Whether a point with ``values`` has it."""
-        return all(set(each.names) <= values.keys() and each.holds(values) for each in self.conditions)
+# The controller gives each trial a folder of its own.
+_NOT_SEARCHED = ("trainer.default_root_dir",)
 
 
 class SearchSpace:
@@ -71,15 +41,16 @@ class SearchSpace:
     """
 
     def __init__(self, parameters: Mapping[str, BaseDistribution | When], constraints: Sequence[str] = ()) -> None:
-        if not parameters:
+        if not isinstance(parameters, Mapping) or not parameters:
             raise SpaceError("a search space without parameters; write what is searched, as in model.lr")
+        if isinstance(constraints, str):
+            raise SpaceError(f"constraints={constraints!r}: expected a list of expressions; write [{constraints!r}]")
         self.parameters, self.constraints = dict(parameters), tuple(constraints)
-        parsed = {key: _parameter(key, given) for key, given in self.parameters.items()}
-        self._constraints = [_expression("constraint", text, parsed) for text in self.constraints]
-        for key, parameter in parsed.items():
-            for condition in parameter.conditions:
-                _check_names(f"{key}: the condition", condition, parsed)
+        parsed = {key: parameter_of(key, given) for key, given in self.parameters.items()}
+        _check_keys(parsed)
+        self._constraints = [expression_of("constraint", text) for text in self.constraints]
         self._parsed = _in_order(parsed)
+        self._fixed: dict[str, Any] = {}
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -91,11 +62,25 @@ class SearchSpace:
         """Whether some points lack some parameters."""
         return any(parameter.conditions for parameter in self._parsed.values())
 
+    @property
+    def outside(self) -> list[str]:
+        """Options that expressions name and that are not searched, as long as :meth:`check` has not looked for them."""
+        conditions = [each for parameter in self._parsed.values() for each in parameter.conditions]
+        names = [name for each in (*conditions, *self._constraints) for name in each.names]
+        return [name for name in dict.fromkeys(names) if name not in self._parsed and name not in self._fixed]
+
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
-        """The trial's values of the parameters that it has, by key."""
+        """The trial's values of the parameters that it has, by key.
+
+        Raises:
+            SpaceError: a condition or constraint names what is neither searched nor known.
+        """
+        if self.outside:
+            name = self.outside[0]
+            raise SpaceError(f"an expression of the space names {unknown(name, self._parsed)}")
         values: dict[str, Any] = {}
         for key, parameter in self._parsed.items():
-            if parameter.is_there(values):
+            if parameter.is_there({**self._fixed, **values}):
                 values[key] = suggest(trial, key, parameter.distribution)
         return values
 
@@ -105,8 +90,9 @@ class SearchSpace:
         Raises:
             ExpressionError: a constraint has no value there, as when it divides by zero.
         """
+        known = {**self._fixed, **values}
         for constraint in self._constraints:
-            if set(constraint.names) <= values.keys() and not constraint.holds(values):
+            if set(constraint.names) <= known.keys() and not constraint.holds(known):
                 return constraint.text
         return None
 
@@ -156,13 +142,25 @@ class SearchSpace:
     def check(self, words: Sequence[str]) -> None:
         """Compare with what ``bharat fit *words`` takes; builds neither module nor trainer.
 
+        From then on conditions and constraints may name options that are not searched: they have the config's values.
+
         Raises:
             SpaceError: a key that is not an option, a value that the option does not take, or an option that ``words``
                 set as well.
         """
         from lightning_bharat.tuning.space_check import check
 
-        check(self, words)
+        self._fixed = check(self, words)
+
+    def conditions_of(self, key: str) -> bool:
+        """Whether some points lack this parameter."""
+        return bool(self._parsed[key].conditions)
+
+    def with_fixed(self, values: Mapping[str, Any]) -> SearchSpace:
+        """The same space, in which options that are not searched have ``values``."""
+        made = SearchSpace(self.parameters, self.constraints)
+        made._fixed = dict(values)
+        return made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SearchSpace) and (self.parameters, self.constraints) == (
@@ -176,68 +174,35 @@ class SearchSpace:
         return f"SearchSpace({self.parameters!r}, constraints={list(self.constraints)!r})"
 
 
-def values_of(key: str, distribution: BaseDistribution) -> list[Any]:
-    """All values of a distribution.
-
-    Raises:
-        SpaceError: it has no end of them.
-    """
-    match distribution:
-        case CategoricalDistribution():
-            return list(distribution.choices)
-        case IntDistribution(log=False):
-            return list(range(distribution.low, distribution.high + 1, distribution.step))
-        case FloatDistribution(step=float() as step):
-            return [
-                distribution.low + i * step for i in range(round((distribution.high - distribution.low) / step) + 1)
-            ]
-    raise SpaceError(f"{key}: {distribution} has no steps, so a grid has no points of it; write step or choices")
-
-
-def _parameter(key: str, given: BaseDistribution | When) -> Parameter:
-    if not isinstance(key, str) or not all(part.isidentifier() for part in key.split(".")):
-        raise SpaceError(f"{key!r} is no option's key; write it as on the command line, as in model.lr")
-    conditions: list[Expression] = []
-    while isinstance(given, When):
-        conditions.append(_expression(f"{key}: the condition", given.condition))
-        given = given.distribution
-    if not isinstance(given, (FloatDistribution, IntDistribution, CategoricalDistribution)):
-        raise SpaceError(
-            f"{key}: {given!r} is not a FloatDistribution, IntDistribution or CategoricalDistribution of Optuna"
-        )
-    return Parameter(given, tuple(conditions))
-
-
-def _expression(what: str, text: str, known: Mapping[str, Any] | None = None) -> Expression:
-    try:
-        made = Expression(text)
-    except ExpressionError as error:
-        raise SpaceError(f"{what} {error}") from None
-    if known is not None:
-        _check_names(what, made, known)
-    return made
-
-
-def _check_names(what: str, expression: Expression, known: Mapping[str, Any]) -> None:
-    for name in expression.names:
-        if name not in known:
-            raise SpaceError(f"{what} {expression.text!r} names {unknown(name, known)}")
+def _check_keys(keys: Mapping[str, Any]) -> None:
+    seen: dict[str, str] = {}
+    for key in keys:
+        if key in _NOT_SEARCHED:
+            raise SpaceError(f"{key} can't be searched: each trial has a folder of its own")
+        short = key.replace(".init_args", "")
+        if short in seen:
+            raise SpaceError(f"{key} and {seen[short]} are one option; leave out one of the two")
+        seen[short] = key
 
 
 def _in_order(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Parents before children.
+    """Parents before children, and a class before its arguments.
 
     Raises:
         SpaceError: conditions go round in a circle.
     """
+    needed = {key: _needed(key, parameter, parameters) for key, parameter in parameters.items()}
     placed: dict[str, Parameter] = {}
-    left = dict(parameters)
-    while left:
-        ready = [key for key, each in left.items() if all(n in placed for c in each.conditions for n in c.names)]
+    while left := [key for key in parameters if key not in placed]:
+        ready = [key for key in left if needed[key] <= placed.keys()]
         if not ready:
             raise SpaceError(
                 f"the conditions of {', '.join(left)} go round in a circle: each needs another of them first"
             )
-        for key in ready:
-            placed[key] = left.pop(key)
+        placed |= {key: parameters[key] for key in ready}
     return placed
+
+
+def _needed(key: str, parameter: Parameter, parameters: Mapping[str, Parameter]) -> set[str]:
+    named = {name for condition in parameter.conditions for name in condition.names if name in parameters}
+    return named | {other for other in parameters if key.startswith(f"{other}.")}

@@ -9,34 +9,74 @@ from contextlib import redirect_stderr
 from itertools import zip_longest
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
+from lightning_bharat.expressions import unknown
 from lightning_bharat.tuning.space import SearchSpace, SpaceError
 from lightning_bharat.tuning.study_config import StudyCLI
 from lightning_bharat.tuning.trial_run import words_of
 
+_DRAWS = 300
 Parse = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def check(space: SearchSpace, words: Sequence[str]) -> None:
-    """See :meth:`SearchSpace.check`."""
+def check(space: SearchSpace, words: Sequence[str]) -> dict[str, Any]:
+    """See :meth:`SearchSpace.check`; returns the values of options that expressions name and that are not searched."""
+    given = {word.split("=", 1)[0].replace(".init_args", "") for word in words if word.startswith("--")}
     for key in space.distributions:
-        if any(word == f"--{key}" or word.startswith(f"--{key}=") for word in words):
+        if f"--{key.replace('.init_args', '')}" in given:
             raise SpaceError(f"{key} is searched, and --{key} sets it as well; leave out one of the two")
     cli = StudyCLI(words)
 
     def parse(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return _flat(cli.parser.parse_args([*words, *words_of(values)]))
 
-    ends = {key: _ends(distribution) for key, distribution in space.distributions.items()}
     known = _flat(cli.config)
-    _check_all(ends, parse, known)
+    fixed = {}
+    for name in space.outside:
+        if name not in known:
+            raise SpaceError(f"an expression of the space names {unknown(name, [*space.distributions, *known])}")
+        fixed[name] = known[name]
+    ends = {key: _ends(distribution) for key, distribution in space.distributions.items()}
+    always = {key: values for key, values in ends.items() if not space.conditions_of(key)}
+    _check_all(always, parse, known)
+    points = _points(space.with_fixed(fixed), [key for key in ends if key not in always])
+    for key, point in points.items():
+        for value in ends[key]:
+            if (why := _refused(parse, {**point, key: value})) is not None:
+                raise SpaceError(_because(key, value, why, known))
     for key, distribution in space.distributions.items():
-        if isinstance(distribution, IntDistribution) and isinstance(parse({key: distribution.low}).get(key), float):
-            raise SpaceError(
-                f"{key} takes any number, and {distribution.low} to {distribution.high} are whole ones; write "
-                f"{float(distribution.low)} and {float(distribution.high)}, or choices"
-            )
+        if isinstance(distribution, IntDistribution):
+            found = parse({**points.get(key, {}), key: distribution.low}).get(key)
+            if isinstance(found, float):
+                raise SpaceError(
+                    f"{key} takes any number, and {distribution.low} to {distribution.high} are whole ones; write "
+                    f"{float(distribution.low)} and {float(distribution.high)}, or choices"
+                )
+    return fixed
+
+
+def _points(space: SearchSpace, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For each of ``keys`` a point that has it, up to it.
+
+    Raises:
+        SpaceError: no random point has it.
+    """
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(_DRAWS):
+        if len(found) == len(keys):
+            break
+        values = space.suggest(study.ask())
+        for key in keys:
+            if key in values and key not in found:
+                names = list(values)
+                found[key] = {name: values[name] for name in names[: names.index(key)]}
+    for key in keys:
+        if key not in found:
+            raise SpaceError(f"{key}: none of {_DRAWS} random points had it: can its condition hold?")
+    return found
 
 
 def _check_all(ends: Mapping[str, Sequence[Any]], parse: Parse, known: Mapping[str, Any]) -> None:

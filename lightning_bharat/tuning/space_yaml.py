@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,11 @@ class _Loader(yaml.SafeLoader):
                 raise SpaceError(f"{key} is there twice, the second time in line {key_node.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read(path: Path) -> SearchSpace:
@@ -84,9 +91,6 @@ def _choices(key: str, given: Mapping[str, Any]) -> BaseDistribution:
         raise SpaceError(f"{key}: choices have no low, high, log or step; write one or the other")
     if not isinstance(choices, list) or not choices:
         raise SpaceError(f"{key}: choices: expected a list of at least one value, and found {choices!r}")
-    for choice in choices:
-        if not isinstance(choice, (bool, int, float, str, type(None))):
-            raise SpaceError(f"{key}: choices: {choice!r} is not a number, a text, true, false or null")
     return CategoricalDistribution(choices)
 
 
@@ -101,17 +105,14 @@ def _range(key: str, given: Mapping[str, Any]) -> BaseDistribution:
     whole = all(isinstance(number, int) for number in numbers.values())
     options = {**numbers, "log": log}
     try:
-        return IntDistribution(**options) if whole else FloatDistribution(**options)  # type: ignore[arg-type]
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that a step does not end at high
+            return IntDistribution(**options) if whole else FloatDistribution(**options)  # type: ignore[arg-type]
+    except (ValueError, UserWarning) as error:
         raise SpaceError(f"{key}: {error}") from None
 
 
 def _number(what: str, value: Any) -> int | float:
-    if isinstance(value, str):  # YAML takes 1e-4 for text, since it has no dot
-        try:
-            value = float(value)
-        except ValueError:
-            raise SpaceError(f"{what}: expected a number, and found {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise SpaceError(f"{what}: expected a number, and found {value!r}")
     return value

@@ -12,7 +12,6 @@ from tests.tuning import kills
     [
         ("after ask", 2),
         ("attributes written, not told", 1),
-        ("holding the journal's lock", 9),
         ("failed, successor not there", 1),
         ("rank in a checkpoint", 2),
     ],

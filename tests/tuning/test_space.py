@@ -49,7 +49,7 @@ def test_yaml(tmp_path: Path) -> None:
         "  model.lr: {low: 1e-5, high: 1e-1, log: true}\n"
         "  model.moe: {choices: [true, false]}\n"
         "  model.experts: {low: 4, high: 16, step: 4, when: model.moe}\n"
-        "  model.kind: [a, b, null]\n"
+        "  model.kind: [a, b, null]\n  model.eps: [1e-8, 1e-6]\n"
         "constraints:\n  - model.experts * model.lr < 1\n"
     )
     assert SearchSpace.from_yaml(path) == SearchSpace(
@@ -58,6 +58,7 @@ def test_yaml(tmp_path: Path) -> None:
             "model.moe": CategoricalDistribution([True, False]),
             "model.experts": When("model.moe", IntDistribution(4, 16, step=4)),
             "model.kind": CategoricalDistribution(["a", "b", None]),
+            "model.eps": CategoricalDistribution([1e-8, 1e-6]),
         },
         ["model.experts * model.lr < 1"],
     )
@@ -84,7 +85,10 @@ LR = {"low": 0.1, "high": 1.0}
         ({"a.b": {"choices": []}}, "at least one value"),
         ({"a.b": {"choices": [[1]]}}, "is not a number, a text"),
         ({"a.b": {"choices": [1], "low": 1}}, "one or the other"),
-        ({"a.b": {**LR, "when": "a.c"}}, "names 'a.c', which is not there; nearest: a.b"),
+        ({"a.b": {"choices": [1, True]}}, "True equals another one"),
+        ({"a.b": {"low": 4, "high": 15, "step": 4}}, "a.b: .*15"),
+        ({"a.b": LR, "a.init_args.b": LR}, "are one option"),
+        ({"trainer.default_root_dir": ["a"]}, "a folder of its own"),
         ({"a.b": {**LR, "when": "a.c"}, "a.c": {**LR, "when": "a.b"}}, "go round in a circle"),
         ({"parameters": {"a.b": LR}, "constraints": ["a.b <"]}, "is no expression"),
         ({"parameters": {"a.b": LR}, "constraints": ["__import__('os').system('x')"]}, "a call is not allowed"),
@@ -126,9 +130,30 @@ def test_from_type_hints() -> None:
         SearchSpace.from_module(tuned.Data, prefix="data")
 
 
+def test_expressions_may_name_what_the_config_fixes(tmp_path: Path) -> None:
+    words = [f"--config={tuned.config(tmp_path)}"]
+    lr = When("model.depth == 2", FloatDistribution(0, 1))
+    space = SearchSpace({"model.lr": lr, "model.width": IntDistribution(8, 16)}, ["model.width * model.depth <= 20"])
+    with pytest.raises(SpaceError, match="names 'model.depth'"):
+        suggested(space, {"model.lr": 0.5, "model.width": 8})
+    space.check(words)
+    assert suggested(space, {"model.lr": 0.5, "model.width": 8}).keys() == {"model.lr", "model.width"}
+    assert space.violated({"model.width": 11}) is not None and space.violated({"model.width": 10}) is None
+
+
+def test_a_class_comes_before_its_arguments(tmp_path: Path) -> None:
+    words = [f"--config={tuned.config(tmp_path)}"]
+    momentum = When("optimizer == 'SGD'", FloatDistribution(0.0, 0.9))
+    both = {"optimizer.lr": FloatDistribution(1e-3, 1e-1), "optimizer.momentum": momentum}
+    space = SearchSpace({**both, "optimizer": CategoricalDistribution(["Adam", "SGD"])})
+    assert next(iter(space.distributions)) == "optimizer"
+    SearchSpace({"optimizer.momentum": momentum, "optimizer": CategoricalDistribution(["Adam", "SGD"])}).check(words)
+
+
 def test_a_grid_has_each_value() -> None:
     space = SearchSpace({"a.b": IntDistribution(1, 5, step=2), "a.c": FloatDistribution(0.0, 1.0, step=0.5)})
     assert space.grid() == {"a.b": [1, 3, 5], "a.c": [0.0, 0.5, 1.0]}
+    assert SearchSpace({"a.b": FloatDistribution(0, 0.3, step=0.1)}).grid() == {"a.b": [0.0, 0.1, 0.2, 0.3]}
     with pytest.raises(SpaceError, match="has no steps"):
         SearchSpace({"a.b": FloatDistribution(0, 1)}).grid()
     with pytest.raises(SpaceError, match="has a condition"):
@@ -147,6 +172,9 @@ def test_a_grid_has_each_value() -> None:
         ({"model.lr": IntDistribution(0, 1)}, [], "write 0.0 and 1.0"),
         ({"trainer.precision": CategoricalDistribution(["32-true", "33"])}, [], "trainer.precision does not take '33'"),
         ({"model.lr": FloatDistribution(0, 1)}, ["--model.lr=0.1"], "--model.lr sets it as well"),
+        ({"model.lr": FloatDistribution(0, 1)}, ["--model.init_args.lr", "0.1"], "sets it as well"),
+        ({"model.lr": When("model.widht > 8", FloatDistribution(0, 1))}, [], "nearest: model.width"),
+        ({"model.lr": When("model.width > 8", FloatDistribution(0, 1))}, [], "can its condition hold"),
     ],
 )
 def test_a_space_that_does_not_suit_the_project(
