@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna import Study
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -89,3 +90,8 @@ def study_id(study: optuna.Study) -> int:
 def trial_id(trial: optuna.Trial | FrozenTrial) -> int:
     """The storage's number of a trial, which is not ``trial.number``: that counts within a study."""
     return trial._trial_id
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a parameter of ``distribution`` may have ``value``."""
+    return distribution._contains(distribution.to_internal_repr(value))

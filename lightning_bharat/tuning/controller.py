@@ -16,6 +16,7 @@ from optuna import Study, Trial
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bharat.tuning._optuna import storage_of, trial_id
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.desk import TrialDesk
 from lightning_bharat.tuning.engine import Engine, Job, host
@@ -246,7 +247,7 @@ class Controller:
         self._engine.close()
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
-        return self._study._storage.get_trial(trial._trial_id)
+        return storage_of(self._study).get_trial(trial_id(trial))
 
     def _folder(self, number: int) -> Path:
         return trial_folder(self._work.folder, number)

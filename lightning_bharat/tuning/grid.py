@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bharat.tuning._optuna import FIXED, all_trials, give_up, note
+from lightning_bharat.tuning._optuna import FIXED, all_trials, contains, give_up, note
 from lightning_bharat.tuning.options import nearest
 
 POINT = "bharat:grid_point"
@@ -113,7 +113,7 @@ class Grid(BaseSampler):
             raise ValueError(f"the grid has no {param_name!r}: it has {', '.join(self.values)}.{near}")
         noted = next(t for t in all_trials(study) if t.number == trial.number).system_attrs[POINT]
         value = noted[param_name]
-        if not param_distribution._contains(param_distribution.to_internal_repr(value)):
+        if not contains(param_distribution, value):
             raise ValueError(f"the grid has {param_name}={value!r}, and the trial takes {param_distribution}")
         return value
 

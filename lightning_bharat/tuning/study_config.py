@@ -87,10 +87,10 @@ class StudyConfig:
         options["seed_everything"] = seed if cli.seed is None else cli.seed
         self.words, self.name = cli.words, cli.project_name
         self.text = cli.parser.dump(options, skip_unset=False, skip_validation=True)
-        self._trainer = options.trainer
-        if (self._trainer.get("num_nodes") or 1) != 1:
+        self._options = options.trainer
+        if (self._options.get("num_nodes") or 1) != 1:
             raise BadInput(
-                f"--trainer.num_nodes={self._trainer.num_nodes}: a trial runs on one host; start the same command on "
+                f"--trainer.num_nodes={self._options.num_nodes}: a trial runs on one host; start the same command on "
                 "each host, and they share the study's trials"
             )
 
@@ -120,7 +120,7 @@ class StudyConfig:
 
     def ranks(self, params: Mapping[str, Any]) -> int:
         """Of a trial with ``params``: the trainer's devices."""
-        devices = params.get("trainer.devices", self._trainer.get("devices"))
+        devices = params.get("trainer.devices", self._options.get("devices"))
         if isinstance(devices, str) and devices.lstrip("-").isdigit():
             devices = int(devices)
         if isinstance(devices, list):
@@ -130,7 +130,7 @@ class StudyConfig:
     @property
     def on_cpu(self) -> bool:
         """Whether the config asks for no accelerator."""
-        return self._trainer.get("accelerator") == "cpu"
+        return self._options.get("accelerator") == "cpu"
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -53,7 +53,7 @@ class TransferSampler(BaseSampler):
         if isinstance(sources, (str, tuple, optuna.Study)) or not sources:
             raise ValueError(f"sources={sources!r}: write a list of earlier studies")
         self._sources = [Knowledge(read_earlier(source, f"sources[{i}]")) for i, source in enumerate(sources)]
-        self._base = TPESampler(seed=seed) if base is None else base
+        self._sampler = TPESampler(seed=seed) if base is None else base
         self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         self._seeds = list(_in_turn([source.best_first[:seeds] for source in self._sources]))[:seeds]
         self._proposed: dict[int, Params] = {}
@@ -69,7 +69,7 @@ class TransferSampler(BaseSampler):
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         proposed = self._propose(study, trial)
         if proposed is None:
-            return self._base.infer_relative_search_space(study, trial)
+            return self._sampler.infer_relative_search_space(study, trial)
         self._proposed[trial.number] = proposed
         return {}
 
@@ -78,7 +78,7 @@ class TransferSampler(BaseSampler):
     ) -> dict[str, Any]:
         if trial.number in self._proposed:
             return {}
-        return self._base.sample_relative(study, trial, search_space)
+        return self._sampler.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -86,7 +86,7 @@ class TransferSampler(BaseSampler):
         proposed = self._proposed.get(trial.number, {})
         if param_name in proposed and _allows(param_distribution, proposed[param_name]):
             return _into(param_distribution, proposed[param_name])
-        return self._base.sample_independent(study, trial, param_name, param_distribution)
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         if len(study.directions) != 1:
@@ -94,16 +94,16 @@ class TransferSampler(BaseSampler):
                 f"TransferSampler ranks trials by one objective and the study has {len(study.directions)}; write its "
                 "base sampler alone, and warm_start for points of earlier studies"
             )
-        self._base.before_trial(study, trial)
+        self._sampler.before_trial(study, trial)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         self._proposed.pop(trial.number, None)
-        self._base.after_trial(study, trial, state, values)
+        self._sampler.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:
-        self._base.reseed_rng()
+        self._sampler.reseed_rng()
 
     def _propose(self, study: optuna.Study, trial: FrozenTrial) -> Params | None:
         """A point, or None where it is the base's turn."""

@@ -108,7 +108,13 @@ class TrialCLI(ProjectCLI):
 
     def __init__(self, orders: Orders) -> None:
         self._orders, self.recorder = orders, TrialRecorder()
+        self._of_fit: LightningArgumentParser | None = None
         super().__init__(self._settle, args=["fit", *orders.words], save_config_callback=None)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """For each command's parser; the first is the fit's."""
+        super().add_arguments_to_parser(parser)
+        self._of_fit = self._of_fit or parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse them; loggers are grouped by the study."""
@@ -122,9 +128,8 @@ class TrialCLI(ProjectCLI):
             options = self._as_given.clone()
             options.pop("config", None)
             options["ckpt_path"] = None
-            self._parser("fit").save(
-                options, self._orders.folder / CONFIG, skip_unset=False, overwrite=True, multifile=False
-            )
+            assert self._of_fit is not None
+            self._of_fit.save(options, self._orders.folder / CONFIG, skip_unset=False, overwrite=True, multifile=False)
         return super().instantiate_trainer(default_root_dir=str(self._orders.folder), **kwargs)
 
     def _settle(self, trainer: pl.Trainer) -> None:
