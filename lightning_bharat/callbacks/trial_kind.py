@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_bharat.strategies._lightning import fits_in_children
+from lightning_bharat.strategies.torchft import TorchFTStrategy
 
 REPLAYED = ("FixedTrial", "FrozenTrial")  # their reports go nowhere, and they are never pruned
 
@@ -64,6 +65,11 @@ def current() -> Any:
 
 def refusal(trial: Any, trainer: pl.Trainer) -> str | None:
     """Why this trainer can't prune ``trial``, if it can't."""
+    if isinstance(trainer.strategy, TorchFTStrategy) and trial is not None:
+        return (
+            "OptunaPruning: copies of a module under bharat_torchft decide for themselves, so that they would stop at "
+            "different steps; leave it out, or train under bharat_hybrid"
+        )
     if trainer.world_size == 1 or not is_of_study(trial) or fits_in_children(trainer):
         return None
     return (

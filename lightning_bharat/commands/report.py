@@ -21,6 +21,8 @@ def report(study: str, *, name: str | None = None, output: Path | None = None) -
         output: the HTML file; by default report.html in the study's folder, or NAME.html here for a storage.
     """
     try:
+        import optuna
+
         from lightning_bharat.reports.study import StudyReport
         from lightning_bharat.reports.study_sections import sections
         from lightning_bharat.reports.study_source import open_study
@@ -29,6 +31,7 @@ def report(study: str, *, name: str | None = None, output: Path | None = None) -
         raise ModuleNotFoundError(
             f"bharat report needs {error.name}, which is not installed; write pip install 'lightning-bharat[tune]'"
         ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of the copy that is drawn
     found = StudyReport.of(open_study(study, name))
     if output is None:
         output = Path(study) / "report.html" if Path(study).is_dir() else Path(f"{_file_name(found.name)}.html")

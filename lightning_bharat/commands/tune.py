@@ -26,6 +26,8 @@ Example:
 def main(words: list[str]) -> int:
     """Run ``bharat tune``: 0 where the study has a best trial, 1 where it has none, 2 for bad input."""
     try:
+        import optuna
+
         from lightning_bharat.tuning.controller import SameError
         from lightning_bharat.tuning.run import tune
         from lightning_bharat.tuning.study_config import StudyCLI, StudyConfig
@@ -33,6 +35,7 @@ def main(words: list[str]) -> int:
         say_error("bharat tune", f"{error}; install what tuning needs: pip install 'lightning-bharat[tune]'")
         return 2
     quiet()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         cli = StudyCLI(words, "bharat tune", _DESCRIPTION, _add)
         options = cli.own_options()

@@ -10,15 +10,20 @@ from torch import Tensor
 
 from lightning_bharat.health.leak import on_device, resident
 
-# What allocators of the host say; torch.OutOfMemoryError is a device's.
-_OF_HOST = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# The first is torch's, of a device.
+_KINDS = ("OutOfMemoryError", "MemoryError")
+# What allocators of the host say, and CUDA's driver, in a RuntimeError.
+_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on a device or on the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_HOST)
+    return any(says_out_of_memory(kind.__name__, str(error)) for kind in type(error).__mro__)
+
+
+def says_out_of_memory(kind: str, message: str) -> bool:
+    """The same of an exception that was raised in another process: by its class's name and its text."""
+    return kind in _KINDS or (kind == "RuntimeError" and any(words in message for words in _WORDS))
 
 
 def held(groups: Iterable[tuple[str, Iterable[Any]]], device: torch.device) -> str:

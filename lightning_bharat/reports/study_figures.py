@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 from lightning_bharat.reports.study import StudyReport
 from lightning_bharat.reports.study_coverage import Coverage
 from lightning_bharat.reports.study_resources import Use
+from lightning_bharat.tuning.pareto import reference_point
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,11 @@ def pareto_front(report: StudyReport) -> list[Picture]:
 
 def hypervolume(report: StudyReport) -> tuple[Picture, list[float] | None]:
     """The volume between the front so far and the reference point, by trial; and that point."""
-    reference = reference_point(report)
-    if reference is None:
-        return Picture(None, "no trial is complete with finite values"), None
+    try:
+        reference = reference_point(report.study)
+    except ValueError:
+        return Picture(None, "no trial that keeps its limits is complete with finite values"), None
     return _drawn(lambda: draw.plot_hypervolume_history(report.study, reference)), reference
-
-
-def reference_point(report: StudyReport) -> list[float] | None:
-    """A tenth of the range beyond the worst value of each objective; ``None``: there are no values.
-
-    Of complete trials that keep their constraints and whose values are finite.
-    """
-    kept = [row for row in report.rows if row.state == "complete" and not row.violated]
-    complete = [row.values for row in kept if all(map(isfinite, row.values))]
-    if not complete:
-        return None
-    point = []
-    for values, direction in zip(zip(*complete, strict=True), report.directions, strict=True):
-        beyond = 0.1 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
-        point.append(min(values) - beyond if direction == "maximize" else max(values) + beyond)
-    return point
 
 
 def coverage(found: Coverage) -> list[Picture]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from optuna import Study
 from optuna.trial import TrialState
 
 from lightning_bharat.tuning.budget import counted, infeasible
-from lightning_bharat.tuning.controller import trial_folder
 from lightning_bharat.tuning.trial_run import CONFIG
+from lightning_bharat.tuning.work import Work
 
 BEST = "best.yaml"
 
@@ -21,12 +20,12 @@ class Best:
 
     Args:
         study: Optuna's.
-        folder: the study's.
+        work: of its trials.
         say: told one line at a time.
     """
 
-    def __init__(self, study: Study, folder: Path, say: Callable[[str], None]) -> None:
-        self._study, self._folder, self._say = study, folder, say
+    def __init__(self, study: Study, work: Work, say: Callable[[str], None]) -> None:
+        self._study, self._work, self._folder, self._say = study, work, work.folder, say
 
     def trial_ended(self, line: str) -> None:
         """After each trial."""
@@ -59,7 +58,7 @@ class Best:
             return []
 
     def _keep(self, number: int) -> None:
-        config = trial_folder(self._folder, number) / CONFIG
+        config = self._work.trial_folder(number) / CONFIG
         if config.is_file():
             shutil.copyfile(config, self._folder / f".{BEST}")
             (self._folder / f".{BEST}").replace(self._folder / BEST)

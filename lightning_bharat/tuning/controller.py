@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
@@ -22,45 +22,21 @@ from lightning_bharat.tuning.desk import TrialDesk
 from lightning_bharat.tuning.engine import Engine, Job, host
 from lightning_bharat.tuning.interrupts import Interrupts
 from lightning_bharat.tuning.leases import Leases
-from lightning_bharat.tuning.limits import Limit, set_constraints
+from lightning_bharat.tuning.limits import set_constraints
 from lightning_bharat.tuning.proposals import Proposals
 from lightning_bharat.tuning.record import code_version
 from lightning_bharat.tuning.resumed import checkpoint_of
-from lightning_bharat.tuning.retry import MAX_RETRIES, RETRY_OF, copy_reports, mend, retry, withdraw
+from lightning_bharat.tuning.retry import RETRY_OF, copy_reports, mend, retry, withdraw
 from lightning_bharat.tuning.slots import Slot
 from lightning_bharat.tuning.trial_run import CONFIG, Orders
 from lightning_bharat.tuning.verdict import Verdict, verdict
+from lightning_bharat.tuning.work import Work
 
 _ADOPT = 1.0  # seconds between two looks for trials whose controllers are gone
 
 
 class SameError(RuntimeError):
     """Trials one after another ended by the same error: it is the program's, and more would end by it too."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the trials of a study do.
-
-    Attributes:
-        folder: the study's.
-        config: for ``bharat fit``; ``None``: an objective function runs.
-        monitors: metrics that are a trial's values.
-        seed: of the trials.
-        prune: whether they are reported while a trial runs.
-        limits: on what trials measure; they become constraints.
-        max_retries: how often a trial that the machine ended is started again.
-        same_errors: how many trials one after another may end by one kind of error before the study does.
-    """
-
-    folder: Path
-    config: Path | None
-    monitors: Sequence[str]
-    seed: int | None = None
-    prune: bool = True
-    limits: Sequence[Limit] = ()
-    max_retries: int = MAX_RETRIES
-    same_errors: int = 3
 
 
 @dataclass
@@ -87,6 +63,7 @@ class Controller:
         study: Optuna's; its storage is written by controllers alone.
         engine: starts the ranks of trials.
         slots: one trial at a time runs in each.
+        work: what trials do.
         proposals: gives the values of a trial.
         budget: says when there are enough.
         leases: tell the study's other controllers which trials are ours.
@@ -141,7 +118,7 @@ class Controller:
 
     def _start(self, trial: Trial) -> None:
         slot = self._free.pop(0)
-        folder = self._folder(trial.number)
+        folder = self._work.trial_folder(trial.number)
         orders = Orders(
             study=self._study.study_name,
             number=trial.number,
@@ -157,20 +134,15 @@ class Controller:
         folder.mkdir(parents=True, exist_ok=True)
         job = self._engine.start(orders, slot, TrialDesk(trial, partial(self._resumed, trial)).hear)
         where = {"host": host(), "cores": slot.cores, "devices": slot.devices, "ranks": job.ranks}
-        record = {
-            "where": where,
-            "seed": self._work.seed,
-            "code": self._code,
-            "config": f"trials/{folder.name}/{CONFIG}",
-        }
-        for key, value in record.items():
+        config = f"{folder.relative_to(self._work.folder)}/{CONFIG}" if self._work.config else None
+        for key, value in {"where": where, "seed": self._work.seed, "code": self._code, "config": config}.items():
             trial.set_user_attr(key, value)
         self._running.append(Running(trial, job, slot))
 
     def _go_on(self, trial: Trial) -> str | None:
         """The checkpoint from which a retried trial goes on."""
         number = trial.user_attrs.get(RETRY_OF)
-        found = checkpoint_of(self._folder(number), self._say) if number is not None else None
+        found = checkpoint_of(self._work.trial_folder(number), self._say) if number is not None else None
         return str(found) if found else None
 
     def _resumed(self, trial: Trial, reports: int) -> None:
@@ -194,25 +166,32 @@ class Controller:
         self._running.remove(running)
         self._free.insert(0, running.slot)
         trial = running.trial
+        record = {**how.record, "seconds": time.monotonic() - running.began}
         try:
-            self._book(trial, how, {**how.record, "seconds": time.monotonic() - running.began})
-        except ValueError as error:  # a limit on what the trial did not measure
-            how = Verdict(TrialState.FAIL, f"error: {error}", error="ValueError")
-            self._book(trial, how, {})
+            how = self._limited(trial, how, record)
+            self._book(trial, how, record)
         except UpdateFinishedTrialError:
             self._say(f"trial {trial.number}: another controller took this one for dead, and has ended it")
             return
         self._say(f"trial {trial.number}: {how.in_words}")
         self._check_errors(trial.number, how)
 
-    def _book(self, trial: Trial, how: Verdict, record: dict[str, Any]) -> None:
+    def _limited(self, trial: Trial, how: Verdict, record: Mapping[str, Any]) -> Verdict:
+        """Tell the study how the trial keeps its limits; one that did not measure what is limited has failed."""
+        if how.state == TrialState.FAIL and not how.memory:
+            return how
+        try:
+            set_constraints(trial, self._work.limits, {**record, **how.metrics}, out_of_memory=how.memory)
+        except ValueError as error:
+            return Verdict(TrialState.FAIL, f"error: {error}", error="ValueError")
+        return how
+
+    def _book(self, trial: Trial, how: Verdict, record: Mapping[str, Any]) -> None:
         for key, value in record.items():
             trial.set_user_attr(key, value)
         if how.machine:
             retry(self._study, self._frozen(trial), how.end, self._work.max_retries)
             return
-        if how.state != TrialState.FAIL or how.memory:
-            set_constraints(trial, self._work.limits, {**record, **how.metrics}, out_of_memory=how.memory)
         trial.set_user_attr("end", how.end)
         self._study.tell(trial, list(how.values) or None, state=how.state)
 
@@ -225,7 +204,7 @@ class Controller:
         if self._errors[-self._work.same_errors :] == [how.error] * self._work.same_errors:
             raise SameError(
                 f"{self._work.same_errors} trials one after another ended by {how.error}, the last one by {how.end}. "
-                f"The traceback is in {self._folder(number)}"
+                f"The traceback is in {self._work.trial_folder(number)}"
             )
 
     def _adopt(self) -> None:
@@ -248,11 +227,3 @@ class Controller:
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return storage_of(self._study).get_trial(trial_id(trial))
-
-    def _folder(self, number: int) -> Path:
-        return trial_folder(self._work.folder, number)
-
-
-def trial_folder(study_folder: Path, number: int) -> Path:
-    """Where a trial's checkpoints, logs and output are."""
-    return study_folder / "trials" / f"{number:04d}"

@@ -48,11 +48,11 @@ class WarmEngine:
 
     Args:
         objective: a person's function; ``None``: a trial is a fit of the study's config.
-        ranks: of a trial, by its values.
+        ranks: of a trial, by its values and where it runs.
     """
 
     def __init__(
-        self, objective: Callable[[Any], float | Sequence[float]] | None, ranks: Callable[[Orders], int]
+        self, objective: Callable[[Any], float | Sequence[float]] | None, ranks: Callable[[Orders, Slot], int]
     ) -> None:
         self._objective, self._ranks = objective, ranks
         self._server = WarmServer(_PRELOAD)
@@ -63,7 +63,7 @@ class WarmEngine:
 
     def start(self, orders: Orders, slot: Slot, answer: Answer) -> Job:
         """Start a trial's ranks; what they write stays in its folder."""
-        ranks = self._ranks(orders)
+        ranks = self._ranks(orders, slot)
         function, args = (run_objective, (self._objective,)) if self._objective else (run_config, ())
         return self._server.start(
             function, ranks, orders, *args, env=slot.environment(ranks), answer=answer, outputs=orders.folder

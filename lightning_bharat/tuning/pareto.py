@@ -27,14 +27,16 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
 def reference_point(study: Study) -> list[float]:
     """From where the volume is measured: the worst value of each objective, and a tenth of the range beyond it.
 
-    Of complete trials that keep their limits. It moves when a worse trial comes, so compare volumes of two studies only
-    from one point (Ishibuchi et al., How to specify a reference point in hypervolume calculation, 2018).
+    Of complete trials that keep their limits, with finite values. It moves when a worse trial comes, so compare volumes
+    of two studies only from one point (Ishibuchi et al., How to specify a reference point in hypervolume calculation,
+    2018).
 
     Raises:
         ValueError: no such trial.
     """
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    values = np.array([trial.values for trial in trials if not violation(trial)])
+    kept = [trial.values for trial in trials if not violation(trial)]
+    values = np.array([each for each in kept if np.isfinite(each).all()])
     if not len(values):
         raise ValueError(f"study {study.study_name!r} has no complete trial that keeps its limits: give a reference")
     signs = np.array([-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in study.directions])

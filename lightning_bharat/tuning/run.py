@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler
 from lightning_bharat.commands.project import BadInput
 from lightning_bharat.tuning.best import Best
 from lightning_bharat.tuning.budget import Budget
-from lightning_bharat.tuning.controller import Controller, Work
+from lightning_bharat.tuning.controller import Controller
 from lightning_bharat.tuning.engine import WarmEngine
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import Limit
@@ -22,11 +22,12 @@ from lightning_bharat.tuning.proposals import Proposals
 from lightning_bharat.tuning.pruners import make_pruner
 from lightning_bharat.tuning.retry import MAX_RETRIES
 from lightning_bharat.tuning.samplers import make_sampler
-from lightning_bharat.tuning.slots import slots
+from lightning_bharat.tuning.slots import cuda_devices, slots
 from lightning_bharat.tuning.space import SearchSpace
 from lightning_bharat.tuning.stopping import make_rules
 from lightning_bharat.tuning.storage import open_storage
 from lightning_bharat.tuning.study_config import StudyCLI, StudyConfig
+from lightning_bharat.tuning.work import Work
 
 Mode = Literal["min", "max"]
 _DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
@@ -119,12 +120,14 @@ def tune(
         limits=limits,
         max_retries=max_retries,
     )
+    places = slots(workers, [] if config and config.on_cpu else cuda_devices())
     engine = WarmEngine(
-        target if callable(target) else None, lambda orders: config.ranks(orders.params) if config else ranks
+        target if callable(target) else None,
+        lambda orders, slot: config.ranks(orders.params, len(slot.devices)) if config else ranks,
     )
     engine.warm_up()
-    budget, best = Budget(n_trials, make_rules(stop)), Best(study, home, say)
-    Controller(study, engine, slots(workers), work, Proposals(searched), budget, Leases(study), best.trial_ended).run()
+    budget, best = Budget(n_trials, make_rules(stop)), Best(study, work, say)
+    Controller(study, engine, places, work, Proposals(searched), budget, Leases(study), best.trial_ended).run()
     best.study_ended(budget.reason)
     return study
 

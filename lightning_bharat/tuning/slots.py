@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -50,6 +52,12 @@ def slots(workers: int, devices: list[str] | None = None) -> list[Slot]:
         )
         for number in range(workers)
     ]
+
+
+def cuda_devices() -> list[str]:
+    """CUDA devices that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; torch asks NVML, if it can."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def usable_cores() -> set[int]:

@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial
 
 from lightning_bharat.expressions import unknown
+from lightning_bharat.tuning import space_hints, space_yaml
 from lightning_bharat.tuning.parameters import Parameter, SpaceError, When, expression_of, parameter_of, values_of
 from lightning_bharat.tuning.suggest import suggest
 
@@ -119,9 +120,10 @@ class SearchSpace:
             SpaceError: names the file, the key and the reason.
             OSError: the file can't be read.
         """
-        from lightning_bharat.tuning.space_yaml import read
-
-        return read(Path(path))
+        try:
+            return cls(*space_yaml.read(Path(path)))
+        except SpaceError as error:
+            raise SpaceError(f"{path}: {error}") from None
 
     @classmethod
     def from_module(cls, kind: type, prefix: str = "model") -> SearchSpace:
@@ -135,9 +137,7 @@ class SearchSpace:
         Raises:
             SpaceError: none of its arguments can be searched.
         """
-        from lightning_bharat.tuning.space_hints import read
-
-        return read(kind, prefix)
+        return cls(space_hints.read(kind, prefix))
 
     def check(self, words: Sequence[str]) -> None:
         """Compare with what ``bharat fit *words`` takes; builds neither module nor trainer.
@@ -148,11 +148,11 @@ class SearchSpace:
             SpaceError: a key that is not an option, a value that the option does not take, or an option that ``words``
                 set as well.
         """
-        from lightning_bharat.tuning.space_check import check
+        from lightning_bharat.tuning.space_check import check  # brings LightningCLI, which an objective does without
 
         self._fixed = check(self, words)
 
-    def conditions_of(self, key: str) -> bool:
+    def is_conditional(self, key: str) -> bool:
         """Whether some points lack this parameter."""
         return bool(self._parsed[key].conditions)
 

@@ -7,15 +7,18 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from lightning_bharat.expressions import unknown
-from lightning_bharat.tuning.space import SearchSpace, SpaceError
+from lightning_bharat.tuning.parameters import SpaceError
 from lightning_bharat.tuning.study_config import StudyCLI
 from lightning_bharat.tuning.trial_run import words_of
+
+if TYPE_CHECKING:
+    from lightning_bharat.tuning.space import SearchSpace
 
 _DRAWS = 300
 Parse = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -39,7 +42,7 @@ def check(space: SearchSpace, words: Sequence[str]) -> dict[str, Any]:
             raise SpaceError(f"an expression of the space names {unknown(name, [*space.distributions, *known])}")
         fixed[name] = known[name]
     ends = {key: _ends(distribution) for key, distribution in space.distributions.items()}
-    always = {key: values for key, values in ends.items() if not space.conditions_of(key)}
+    always = {key: values for key, values in ends.items() if not space.is_conditional(key)}
     _check_all(always, parse, known)
     points = _points(space.with_fixed(fixed), [key for key in ends if key not in always])
     for key, point in points.items():

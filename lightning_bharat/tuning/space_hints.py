@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from lightning_bharat.tuning.space import SearchSpace, SpaceError
+from lightning_bharat.tuning.parameters import SpaceError
 
 
-def read(kind: type, prefix: str) -> SearchSpace:
-    """See :meth:`SearchSpace.from_module`."""
+def read(kind: type, prefix: str) -> dict[str, BaseDistribution]:
+    """See ``SearchSpace.from_module``."""
     hints = get_type_hints(kind.__init__, include_extras=True)  # type: ignore[misc]
     found = {}
     for name in inspect.signature(kind).parameters:
@@ -23,7 +23,7 @@ def read(kind: type, prefix: str) -> SearchSpace:
             f"no type hint of {kind.__qualname__}.__init__ says what can be searched; write one, as in "
             "lr: Annotated[float, FloatDistribution(1e-5, 1e-1, log=True)]"
         )
-    return SearchSpace(found)
+    return found
 
 
 def _distribution(hint: Any) -> BaseDistribution | None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lightning_bharat.tuning.space import SearchSpace, SpaceError, When
+from lightning_bharat.tuning.parameters import SpaceError, When
 
 _SECTIONS = ("parameters", "constraints")
 _FIELDS = ("low", "high", "log", "step", "choices", "when")
@@ -37,23 +37,24 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read(path: Path) -> SearchSpace:
-    """Read a space from a file.
+Space = tuple[dict[str, "BaseDistribution | When"], list[str]]
+
+
+def read(path: Path) -> Space:
+    """Parameters and constraints of a file.
 
     Raises:
-        SpaceError: names the file, the key and the reason.
+        SpaceError: names the key and the reason.
         OSError: the file can't be read.
     """
     try:
         return of(yaml.load(path.read_text(), _Loader))  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise SpaceError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    except (SpaceError, UnicodeDecodeError) as error:
-        raise SpaceError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpaceError(f"this is no YAML: {' '.join(str(error).split())}") from None
 
 
-def of(content: Any) -> SearchSpace:
-    """A space from what YAML holds: parameters by key, or ``parameters`` and ``constraints``.
+def of(content: Any) -> Space:
+    """The same of what YAML holds: parameters by key, or ``parameters`` and ``constraints``.
 
     Raises:
         SpaceError: names the key and the reason.
@@ -68,7 +69,7 @@ def of(content: Any) -> SearchSpace:
         raise SpaceError("parameters: expected keys such as model.lr, each with low and high, or choices")
     if not isinstance(constraints, list) or not all(isinstance(each, str) for each in constraints):
         raise SpaceError("constraints: expected a list of expressions, as in - model.width <= 512")
-    return SearchSpace({key: _parameter(str(key), given) for key, given in parameters.items()}, constraints)
+    return {key: _parameter(str(key), given) for key, given in parameters.items()}, constraints
 
 
 def _parameter(key: str, given: Any) -> BaseDistribution | When:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,10 @@ class StudyCLI(InspectionCLI):
     @property
     def words(self) -> list[str]:
         """Those of ``bharat fit``."""
-        own = tuple(f"--{name}" for name in self._own)
         kept, skip = [], False
         for word in self._words:
             if word.startswith("--"):
-                skip = word.split("=", 1)[0] in own
+                skip = re.split(r"[=.+]", word[2:], maxsplit=1)[0] in self._own
             if not skip:
                 kept.append(word)
         return kept
@@ -118,14 +118,14 @@ class StudyConfig:
             path.write_text(self.text)
         return path
 
-    def ranks(self, params: Mapping[str, Any]) -> int:
-        """Of a trial with ``params``: the trainer's devices."""
+    def ranks(self, params: Mapping[str, Any], devices_here: int) -> int:
+        """Of a trial with ``params``: the trainer's devices, which are all of ``devices_here`` where it says so."""
         devices = params.get("trainer.devices", self._options.get("devices"))
         if isinstance(devices, str) and devices.lstrip("-").isdigit():
             devices = int(devices)
         if isinstance(devices, list):
             return len(devices)
-        return devices if isinstance(devices, int) and devices > 0 else 1
+        return devices if isinstance(devices, int) and devices > 0 else max(1, devices_here)
 
     @property
     def on_cpu(self) -> bool:

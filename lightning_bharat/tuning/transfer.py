@@ -11,9 +11,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bharat.tuning.acquisition import Params, clipped, propose
 from lightning_bharat.tuning.earlier import EarlierStudy, losses_of, read_earlier, usable_trials
 from lightning_bharat.tuning.knowledge import Knowledge
-from lightning_bharat.tuning.proposal import Params, clipped, propose
 from lightning_bharat.tuning.surrogate import Array
 
 SHARE = 0.8  # of trials that earlier studies propose, as long as they agree; the others are the base's

@@ -10,11 +10,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from lightning_bharat.cluster.outcome import RankOutcome
+from lightning_bharat.health.out_of_memory import says_out_of_memory
 from lightning_bharat.tuning.trial_run import Result
-
-# How allocators say that there is no memory: an exception's name, or a part of a RuntimeError's message.
-_NO_MEMORY = ("OutOfMemoryError", "MemoryError")
-_NO_MEMORY_SAID = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def verdict(outcomes: Sequence[RankOutcome]) -> Verdict:
     if all(outcome.ok for outcome in outcomes):
         return _of_result(outcomes[0].value)
     first = min((outcome for outcome in outcomes if not outcome.ok), key=_by_cause)
-    if first.error is not None and _no_memory(first):
+    if first.error is not None and says_out_of_memory(first.error.rsplit(".", 1)[-1], first.message):
         return Verdict(TrialState.FAIL, f"out of memory: {_one_line(first)}", memory=True)
     if first.error is not None:
         return Verdict(TrialState.FAIL, f"error: {_one_line(first)}", error=first.error)
@@ -72,11 +69,6 @@ def _by_cause(outcome: RankOutcome) -> tuple[bool, bool, int]:
     """One that was killed before one that raised (its peers raise when it is gone), and those that hang last."""
     killed = outcome.error is None and (outcome.exit_code or 0) < 0
     return outcome.timed_out, not killed, outcome.rank
-
-
-def _no_memory(outcome: RankOutcome) -> bool:
-    said = outcome.message.lower()
-    return str(outcome.error).split(".")[-1] in _NO_MEMORY or any(words in said for words in _NO_MEMORY_SAID)
 
 
 def _one_line(outcome: RankOutcome) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import lightning as L
+import optuna
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -20,6 +22,7 @@ from torch.distributed._serialization import _streaming_save
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bharat import TorchFTStrategy
+from lightning_bharat.callbacks import trial_kind
 from lightning_bharat.strategies import _torchft
 from lightning_bharat.strategies.replica_groups import ReplicaError
 from tests.ranks import run_ranks
@@ -41,6 +44,13 @@ pytest.importorskip("torchft")
 def test_an_argument_is_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ReplicaError, match=re.escape(words)):
         TorchFTStrategy(**{"lighthouse": "http://127.0.0.1:1", **arguments})
+
+
+def test_copies_are_not_pruned_each_by_its_own_trial() -> None:
+    strategy = TorchFTStrategy(replica=0, replicas=2, lighthouse="http://127.0.0.1:1")
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", logger=False)
+    assert "bharat_torchft" in (trial_kind.refusal(optuna.create_study().ask(), trainer) or "")
+    assert trial_kind.refusal(None, trainer) is None
 
 
 class Manual(Net):

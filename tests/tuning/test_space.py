@@ -97,7 +97,7 @@ LR = {"low": 0.1, "high": 1.0}
 )
 def test_what_is_wrong_is_said(content: Any, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
-        of(content)
+        SearchSpace(*of(content))
 
 
 def test_a_file_is_named_and_a_key_that_is_twice(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_is_named_and_a_key_that_is_twice(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"space.yaml: a.b is there twice, the second time in line 2"):
         SearchSpace.from_yaml(path)
     path.write_text("a: [1\n")
-    with pytest.raises(SpaceError, match="is no YAML"):
+    with pytest.raises(SpaceError, match="space.yaml: this is no YAML"):
         SearchSpace.from_yaml(path)
 
 

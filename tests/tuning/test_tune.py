@@ -180,6 +180,8 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(words) == 0
     assert "the study has its 2 trials: 2 complete" in capsys.readouterr().out
     assert yaml.safe_load(Path("runs/config/best.yaml").read_text())["data"]["init_args"]["batches"] == 1
+    other = ["--study_name", "other", "--sampler", '{"name": "tpe", "n_startup_trials": 1}', "--limits", "[]"]
+    assert main([*words, *other]) == 0
     assert main([*words, "--sampler", "tp"]) == 2
     assert "tpe" in capsys.readouterr().err
     with pytest.raises(SystemExit):
