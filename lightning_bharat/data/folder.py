@@ -46,11 +46,14 @@ def _prefix(target: Path) -> str:
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:
-    while True:
+    while True:  # until no other process took the new folder for abandoned before it was locked
         folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else another process took it for abandoned between the two lines above
+        if folder.exists():
             return folder, lock
         os.close(lock)
 

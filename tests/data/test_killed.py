@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightning_bharat.data import DataError, Prepared, prepare
+from lightning_bharat.data import folder as folders
 from lightning_bharat.data import pack as packing
-from lightning_bharat.data.folder import whole_or_nothing
+from lightning_bharat.data.folder import _remove_abandoned, whole_or_nothing
 from tests.data.texts import write_corpus
 from tests.ranks import server
 
@@ -84,6 +87,23 @@ def test_a_folder_appears_with_all_its_files_or_not(tmp_path: Path) -> None:
         os.rename(target, tmp_path / "second")
     assert [path.name for path in target.iterdir()] == ["a"]
     assert (target.stat().st_mode & 0o777) == 0o777 & ~_umask()
+
+
+def test_a_new_folder_that_another_takes_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "made"
+    made: list[str] = []
+    mkdtemp = tempfile.mkdtemp
+
+    def removed_at_once(**options: Any) -> str:
+        made.append(mkdtemp(**options))
+        if len(made) == 1:
+            _remove_abandoned(target)
+        return made[-1]
+
+    monkeypatch.setattr(folders, "tempfile", SimpleNamespace(mkdtemp=removed_at_once))
+    with whole_or_nothing(target) as unfinished:
+        (unfinished / "a").write_text("1")
+    assert len(made) == 2 and [path.name for path in tmp_path.rglob("*")] == ["made", "a"]
 
 
 def _umask() -> int:
