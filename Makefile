@@ -50,6 +50,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.input
+	$(BIN)/python -m benchmarks.tuning
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -12,8 +12,8 @@ from lightning_bharat.cluster.warm_job import Answer
 from lightning_bharat.tuning.slots import Slot
 from lightning_bharat.tuning.trial_run import Orders, run_config, run_objective
 
-# Also what nearly every trial imports; the server only imports, so that it starts no thread and touches no device.
-_PRELOAD = (*PRELOAD, "optuna", "torch.distributed.fsdp", "lightning_bharat.tuning.trial_run")
+# Also what nearly every trial needs; the server imports and parses, so that it starts no thread and touches no device.
+_PRELOAD = (*PRELOAD, "lightning_bharat.tuning.preload")
 
 
 class Job(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from optuna import TrialPruned
 from lightning_bharat.callbacks.optuna_pruning import OptunaPruning
 from lightning_bharat.cluster.rank_main import ask
 from lightning_bharat.commands.project import ProjectCLI
-from lightning_bharat.tuning import current
+from lightning_bharat.tuning import current, fit_parser
 from lightning_bharat.tuning.grouping import group_loggers
 from lightning_bharat.tuning.record import TrialRecorder
 from lightning_bharat.tuning.remote_trial import RemoteTrial
@@ -56,8 +57,7 @@ class Orders:
     @property
     def words(self) -> list[str]:
         """What follows ``bharat fit``."""
-        going_on = [f"--ckpt_path={self.ckpt_path}"] if self.ckpt_path else []
-        return [f"--config={self.config}", *words_of(self.params), *going_on]
+        return [f"--config={self.config}", *words_of(self.params)]
 
 
 @dataclass(frozen=True)
@@ -104,33 +104,38 @@ def run_objective(orders: Orders, objective: Callable[[Any], float | Sequence[fl
 
 
 class TrialCLI(ProjectCLI):
-    """``bharat fit`` in a trial: its folder, its record, its reports to the study."""
+    """A fit of the study's config with a trial's values, in the trial's folder."""
 
     def __init__(self, orders: Orders) -> None:
         self._orders, self.recorder = orders, TrialRecorder()
-        self._of_fit: LightningArgumentParser | None = None
-        super().__init__(self._settle, args=["fit", *orders.words], save_config_callback=None)
+        super().__init__(self._settle, run=False, args=orders.words, save_config_callback=None)
+        self._fit()
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """For each command's parser; the first is the fit's."""
-        super().add_arguments_to_parser(parser)
-        self._of_fit = self._of_fit or parser
+    def setup_parser(self, *_: Any) -> None:
+        """That of ``bharat fit``, which the process server has built."""
+        self.parser = fit_parser.take()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse them; loggers are grouped by the study."""
         super().parse_arguments(parser, args)
-        self._as_given = self.config["fit"]
-        self.config["fit"] = group_loggers(self.config["fit"], self._orders.study, self._orders.number)
+        self._as_given = self.config
+        self.config = group_loggers(self.config, self._orders.study, self._orders.number)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """In the trial's folder; the config that is kept there is that of a fit anywhere."""
         if int(os.environ.get("RANK", 0)) == 0:
             options = self._as_given.clone()
             options.pop("config", None)
-            options["ckpt_path"] = None
-            assert self._of_fit is not None
-            self._of_fit.save(options, self._orders.folder / CONFIG, skip_unset=False, overwrite=True, multifile=False)
+            text = self.parser.dump(options, skip_unset=False, skip_validation=True)  # they were parsed just now
+            (self._orders.folder / CONFIG).write_text(text)
         return super().instantiate_trainer(default_root_dir=str(self._orders.folder), **kwargs)
+
+    def _fit(self) -> None:
+        names = inspect.signature(pl.Trainer.fit).parameters.keys() - {"self", "model"}
+        options = {name: self.config_init[name] for name in names if name in self.config_init}
+        if self._orders.ckpt_path:  # as an option, LightningCLI would put its hyperparameters over the trial's
+            options["ckpt_path"] = self._orders.ckpt_path
+        self.trainer.fit(self.model, datamodule=self.datamodule, **options)
 
     def _settle(self, trainer: pl.Trainer) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
