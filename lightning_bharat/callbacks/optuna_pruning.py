@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_bharat.callbacks import trial_kind
 from lightning_bharat.callbacks.last_word import LastWord
-from lightning_bharat.strategies._lightning import fits_in_children
+from lightning_bharat.strategies._lightning import fits_in_children, validation_is_due
 
 SHOWN = 8  # names in a message
 
@@ -55,7 +55,7 @@ class OptunaPruning(pl.Callback):
         trial_kind.check(trial)
         self._given, self.monitor = trial, monitor
         self._trial: Any = None
-        self._active = self._said = False
+        self._active = self._said = self._due = False
         self._validations = 0
         self._reports: list[tuple[float, int]] = []  # of this fit
         self._pruned_at: int | None = None
@@ -71,7 +71,7 @@ class OptunaPruning(pl.Callback):
         refused, self._active = trainer.strategy.broadcast(mine)
         if refused:
             raise MisconfigurationException(refused)
-        self._reports, self._pruned_at = [], None
+        self._reports, self._pruned_at, self._due = [], None, False
         if trainer.global_step == 0:  # else this trainer goes on
             self._validations = 0
         if not self._active and not self._said:
@@ -82,16 +82,21 @@ class OptunaPruning(pl.Callback):
         if self._active and self._validations and trial_kind.is_remote(self._trial):
             self._trial.note_resumed(self._validations)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._due = self._active and validation_is_due(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_of_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not (self._active and is_of_fit) or self._pruned_at is not None:
             return
         metrics = trainer.callback_metrics  # on all ranks: what is computed by looking is computed by all
-        step, self._validations = self._validations, self._validations + 1
+        step, self._validations, self._due = self._validations, self._validations + 1, False
         mine: tuple[str, Any] = self._decide(metrics, step) if trainer.is_global_zero else ("waits", None)
         kind, payload = trainer.strategy.broadcast(mine)
         if kind == "error":
             raise payload
+        if not trainer.is_global_zero and trial_kind.is_remote(self._trial):
+            self._trial.should_prune()  # as rank 0: the ranks of an objective must ask the same
         self._reports.append((payload, step))
         if kind == "prune":
             self._stop(trainer, step)
@@ -112,7 +117,8 @@ class OptunaPruning(pl.Callback):
             trainer.state.cancel()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
+        # Lightning skips the validation that follows the step of a checkpoint when it goes on from that.
+        return {"validations": self._validations + self._due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]

@@ -454,6 +454,12 @@ def fits_in_children(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether ``fit`` validates after the batch that has just been trained; ask in ``on_train_batch_end``."""
+    loop: Any = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
 def use_no_grad(trainer: pl.Trainer) -> None:
     """Evaluate under ``no_grad``: tensors of ``inference_mode`` can't be gathered into parameters that train later."""
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):

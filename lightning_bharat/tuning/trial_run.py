@@ -100,6 +100,8 @@ def run_objective(orders: Orders, objective: Callable[[Any], float | Sequence[fl
     finally:
         if os.environ["RANK"] == "0":
             ask(("end", ()))
+    if trial.pruned_at is not None:  # OptunaPruning ended a fit, and the function returned what it had by then
+        return Result([], trial.pruned_at)
     return Result([float(value) for value in (values if isinstance(values, Sequence) else [values])])
 
 

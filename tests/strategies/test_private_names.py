@@ -465,6 +465,15 @@ def signal_handlers_end_with_a_run() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@relied_on("_should_check_val_fx")
+def validation_is_asked_for_once_a_batch() -> None:
+    """_TrainingEpochLoop asks it when a batch has been trained, with all that it looks at as in on_train_batch_end; and
+    it skips that validation when it goes on from a checkpoint of that hook."""
+    loop = training_epoch_loop._TrainingEpochLoop
+    assert "self._should_check_val_fx(data_fetcher)" in inspect.getsource(loop.on_advance_end)
+    assert "self.val_loop.increment_progress_to_evaluation_end()" in inspect.getsource(loop.advance)
+
+
 @relied_on("_data_fetcher", "_combined_loader_states_to_load", "_load_combined_loader_states")
 def loaders_made_early_do_not_read_their_state() -> None:
     """FitLoop.setup_data makes loaders and their _data_fetcher once, and then loads the states that are there; those
