@@ -178,7 +178,7 @@ class Result(dict):
 def fit(
     module: Callable[[], Any] | str = "nano",
     strategy: dict[str, Any] | None = None,
-    steps: int = 10,
+    steps: int = 6,
     ragged: bool = False,
     optimizer: dict[str, Any] | None = None,
     batch: int = 8,

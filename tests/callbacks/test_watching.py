@@ -36,6 +36,7 @@ def watch(folder: str, plain: bool) -> dict[str, Any]:
     result = fit(
         "stack",
         None if plain else BOTH,
+        steps=10,
         enable_checkpointing=True,
         logger=CSVLogger(folder, "logs", version=0),
         log_every_n_steps=1,

@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.strategies.together import Run, Together
 
 CONTEXT: dict[str, Any] = {"context_parallel_size": 2}
-OPTIONS: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2, "last": 2, "steps": 10}
+OPTIONS: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2, "last": 2, "steps": 5}
 
 
 # ---- the same

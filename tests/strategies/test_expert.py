@@ -25,7 +25,7 @@ def _fits(cases: list[tuple[str, dict[str, Any] | None]]) -> list[Result]:
 
 
 def _window(name: str) -> dict[str, Any]:
-    return {**WINDOW, "steps": 10} if name in ("own", "deep") else WINDOW
+    return {**WINDOW, "steps": 6} if name in ("own", "deep") else WINDOW
 
 
 @cache

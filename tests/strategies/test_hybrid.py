@@ -10,7 +10,7 @@ import torch
 from tests.modules import zoo
 from tests.strategies.together import Run, Together
 
-STEPS = {"steps": 10}  # two epochs, with their validation, and some of a third
+STEPS = {"steps": 6}  # an epoch, with its validation, and half of another
 CLIPPED: dict[str, Any] = {**STEPS, "gradient_clip_val": 0.5, "last": 2}
 TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
 OPTIONS: list[dict[str, Any]] = [

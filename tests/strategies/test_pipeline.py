@@ -11,7 +11,7 @@ from tests.modules import zoo
 from tests.pipelines import DEEP
 from tests.strategies.together import Run, Together
 
-ALL: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2, "steps": 10}
+ALL: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2, "steps": 5}
 STAGES: dict[str, Any] = {"pipeline_parallel_size": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 4": {"pipeline_parallel_size": 4},

@@ -110,7 +110,7 @@ ON_FOUR = Together(
     | {f"tensor {n}": by_tokens(ON_EIGHT, n) for n in (1, 2)}
     | {"copies": Run("deep", COPIES, {"steps": 4})},
 )
-ALL = {"steps": 10, "gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2}
+ALL = {"steps": 5, "gradient_clip_val": 0.3, "accumulate_grad_batches": 3, "last": 2}
 EIGHT = Together(8, {"all": Run("deep", ON_EIGHT, ALL), "copies": Run("deep", COPIES, {"steps": 4})})
 
 

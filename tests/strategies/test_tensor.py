@@ -10,7 +10,7 @@ from tests.modules import zoo
 from tests.strategies.together import Run, Together
 
 TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
-TRAINER: dict[str, Any] = {"steps": 10, "gradient_clip_val": 0.3}
+TRAINER: dict[str, Any] = {"steps": 6, "gradient_clip_val": 0.3}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"sequence_parallel": False},
