@@ -45,6 +45,10 @@ class GPTConfig:
             None.
         bias_update_speed: step of the biases that balance experts without a loss, 0.001 in DeepSeek-V3; no biases if
             None.
+        mup_base_width: ``hidden_size`` of the model whose hyperparameters this one is to be trained with: it is
+            parametrized so that its best ones are about the same (muP, see :mod:`lightning_bharat.models.mup`). Not if
+            None.
+        mup_base_head_dim: width of a head of that model; ``head_dim`` if None, which must be given then.
 
     Raises:
         ValueError: a size isn't positive, or does not divide as it must, a name is unknown, or fields contradict.
@@ -73,6 +77,8 @@ class GPTConfig:
     topk_group: int = 1
     router_aux_loss_coef: float | None = None
     bias_update_speed: float | None = None
+    mup_base_width: int | None = None
+    mup_base_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -91,6 +97,13 @@ class GPTConfig:
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} is odd; rotary positions turn pairs, so write an even number")
         self._check_experts()
+        if self.mup_base_width is not None and self.mup_base_head_dim is None and self.head_dim is None:
+            raise ValueError(
+                f"mup_base_width={self.mup_base_width} does not say how wide a head of that model is; write "
+                "head_dim if this model has more heads of that width, else mup_base_head_dim"
+            )
+        if self.mup_base_width is None and self.mup_base_head_dim is not None:
+            raise ValueError(f"mup_base_head_dim={self.mup_base_head_dim} is about muP; write mup_base_width as well")
 
     def _check_experts(self) -> None:
         if self.scoring_func not in SCORES:
@@ -145,6 +158,23 @@ class GPTConfig:
         return self.moe_intermediate_size or self.inner_size
 
     @property
+    def width_ratio(self) -> float:
+        """How many times wider this model is than the one whose hyperparameters it has; 1 without muP."""
+        return self.hidden_size / (self.mup_base_width or self.hidden_size)
+
+    @property
+    def hidden_std(self) -> float:
+        """Standard deviation of the first weights that multiply what is as wide as the model."""
+        return self.initializer_range / self.width_ratio**0.5
+
+    @property
     def residual_std(self) -> float:
         """Standard deviation of the first weights of what is added to the residual stream."""
-        return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+        return self.hidden_std / (2 * self.num_hidden_layers) ** 0.5
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What products of queries and keys are multiplied by; 1 / √head_dim if None."""
+        if self.mup_base_width is None:
+            return None
+        return float((self.mup_base_head_dim or self.head_size) ** 0.5 / self.head_size)

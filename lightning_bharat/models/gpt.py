@@ -46,13 +46,14 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(input_ids, caches))
 
     def hidden(self, input_ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """What ``lm_head`` is given: (batch, time, width)."""
+        """What ``lm_head`` is given: (batch, time, width). Under muP it is scaled in place of the logits."""
         seen = caches[0].seen if caches else 0
         x = self.embed_tokens(input_ids)
         rotary = self._rotary(seen, input_ids.shape[1], x.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, caches[i] if caches else None)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.config.width_ratio == 1 else x / self.config.width_ratio
 
     def _rotary(self, start: int, length: int, device: torch.device) -> Rotary:
         """Cosine and sine of positions times frequencies, each (time, head_dim / 2), in float32 whatever the weights.
@@ -134,8 +135,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_size
-        width, std = config.hidden_size, config.initializer_range
+        self.head_dim, self.scale = config.head_size, config.attention_scale
+        width, std = config.hidden_size, config.hidden_std
         self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, std)
         self.k_proj = Linear(width, config.kv_heads * self.head_dim, std)
         self.v_proj = Linear(width, config.kv_heads * self.head_dim, std)
@@ -147,7 +148,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, self.scale).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -155,7 +156,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig, inner: int | None = None) -> None:
         super().__init__()
-        width, inner, std = config.hidden_size, inner or config.inner_size, config.initializer_range
+        width, inner, std = config.hidden_size, inner or config.inner_size, config.hidden_std
         self.gate_proj = Linear(width, inner, std)
         self.up_proj = Linear(width, inner, std)
         self.down_proj = Linear(inner, width, config.residual_std)
@@ -217,13 +218,14 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention (batch, heads, time, head_dim) of the last positions ``q`` to all so far."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention (batch, heads, time, head_dim) of the last positions ``q`` to all so far. Products are
+    multiplied by ``scale``, 1 / √head_dim if None."""
     time, seen = q.shape[2], k.shape[2]
     if time == seen:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     past = torch.ones(time, seen, dtype=torch.bool, device=q.device).tril(seen - time)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, scale=scale, enable_gqa=True)
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -20,8 +20,9 @@ from lightning_bharat.checkpoints import CheckpointError, load_weights
 from lightning_bharat.models.config import GPTConfig
 from lightning_bharat.models.gpt import GPT
 from lightning_bharat.models.moe import Gate, MixtureOfExperts, Spread, balance_loss
+from lightning_bharat.models.mup import decayed_groups, refuse_other_scales
 from lightning_bharat.models.upcycle import is_dense, upcycled
-from lightning_bharat.models.weights import Weights, read_weights, under
+from lightning_bharat.models.weights import Weights, hyper_parameters_of, read_weights, under
 
 Batch = dict[str, Tensor]
 
@@ -121,6 +122,9 @@ class GPTModule(L.LightningModule):
                 f"{type(self.trainer.strategy).__name__} does not ask for initial_weights(). Write lazy=False"
             )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_other_scales(self.config, checkpoint.get("hyper_parameters"))
+
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _refuse_another_start
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -183,11 +187,11 @@ class GPTModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        trained = [p for p in self.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-        rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        decayed = {name: p for name, p in trained.items() if p.ndim >= 2 and id(p) not in embeddings}
+        rest = [p for p in trained.values() if p.ndim < 2 or id(p) in embeddings]
+        groups = decayed_groups(decayed, self.config, self.learning_rate, self.weight_decay)
+        optimizer = AdamW([*groups, {"params": rest, "weight_decay": 0.0}], lr=self.learning_rate, betas=self.betas)
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -206,6 +210,7 @@ def _freeze(module: nn.Module, patterns: list[str]) -> None:
 
 def _given(config: GPTConfig, path: str | Path) -> Weights:
     found = under(read_weights(path), "model.")
+    refuse_other_scales(config, hyper_parameters_of(path))
     return upcycled(found, config) if config.num_experts and is_dense(found) else found
 
 

@@ -83,7 +83,7 @@ class Gate(nn.Module):
         super().__init__()
         assert config.num_experts is not None
         self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.std, self.scoring = config.initializer_range, config.scoring_func
+        self.std, self.scoring = config.initializer_range / config.width_ratio, config.scoring_func
         self.scale, self.keeps = config.routed_scaling_factor, config.router_aux_loss_coef is not None
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.speed = config.bias_update_speed
@@ -197,7 +197,7 @@ class Experts(nn.Module):
         super().__init__()
         assert config.num_experts is not None
         self.num_experts = config.num_experts
-        self.std, self.down_std = config.initializer_range, config.residual_std
+        self.std, self.down_std = config.hidden_std, config.residual_std
         width, inner = config.hidden_size, config.expert_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))

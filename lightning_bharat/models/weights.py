@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -43,6 +44,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor | StoredTensor]:
     if path.is_dir() and not is_checkpoint(path):
         return _read_folder(path)
     return open_any(path).weights()
+
+
+def hyper_parameters_of(path: str | Path) -> Any:
+    """What the module was made with whose weights lie at ``path``; ``None`` for safetensors, which do not say.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" or (path.is_dir() and not is_checkpoint(path)):
+        return None
+    return open_any(path).content.get("hyper_parameters")
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor | StoredTensor]:
