@@ -101,20 +101,25 @@ class Controller:
         with self._leases, Interrupts(self._say) as interrupts:
             try:
                 while not interrupts.now:
+                    waits = False
                     if not interrupts.after_trials:
                         self._adopt()
-                        self._fill()
-                    if not self._running:
+                        waits = self._fill()
+                    if not self._running and not waits:
                         break
                     self._look()
             finally:
                 self._stop()
 
-    def _fill(self) -> None:
+    def _fill(self) -> bool:
+        """Start trials; whether the next one has to wait for others, which may run elsewhere."""
         while self._free and self._budget.open(self._study):
             trial = self._proposals.next(self._study)
+            if trial is None:
+                return True
             if not withdraw(self._study, trial) and self._leases.take(trial):
                 self._start(trial)
+        return False
 
     def _start(self, trial: Trial) -> None:
         slot = self._free.pop(0)
@@ -130,6 +135,7 @@ class Controller:
             monitors=self._work.monitors,
             ckpt_path=self._go_on(trial),
             prune=self._work.prune,
+            generation=self._proposals.generation(trial),
         )
         folder.mkdir(parents=True, exist_ok=True)
         job = self._engine.start(orders, slot, TrialDesk(trial, partial(self._resumed, trial)).hear)
@@ -155,6 +161,8 @@ class Controller:
     def _look(self) -> None:
         """Wait until a trial has something to say; end those that are over."""
         ready = wait([one for running in self._running for one in running.job.waitables], timeout=1.0)
+        if not self._running:  # the next trial waits for others, which run elsewhere
+            time.sleep(_ADOPT / 4)
         for running in list(self._running):
             if ready:
                 running.job.look(0)
@@ -173,6 +181,7 @@ class Controller:
         except UpdateFinishedTrialError:
             self._say(f"trial {trial.number}: another controller took this one for dead, and has ended it")
             return
+        self._proposals.trial_ended(self._study)
         self._say(f"trial {trial.number}: {how.in_words}")
         self._check_errors(trial.number, how)
 

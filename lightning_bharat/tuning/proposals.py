@@ -5,6 +5,7 @@ from __future__ import annotations
 from optuna import Study, Trial
 from optuna.trial import TrialState
 
+from lightning_bharat.tuning.generation import Generation
 from lightning_bharat.tuning.space import SearchSpace
 
 
@@ -23,8 +24,8 @@ class Proposals:
     def __init__(self, space: SearchSpace | None, patience: int = 1000) -> None:
         self._space, self._patience = space, patience
 
-    def next(self, study: Study) -> Trial:
-        """A trial that can run.
+    def next(self, study: Study) -> Trial | None:
+        """A trial that can run; ``None``: there is one when others have ended.
 
         Raises:
             NoFeasiblePoint: too many points one after another broke a constraint.
@@ -45,3 +46,10 @@ class Proposals:
             f"{self._patience} points one after another broke a constraint, the last one {broken!r}: the constraints "
             "leave too little of the space; narrow the ranges of their parameters"
         )
+
+    def generation(self, trial: Trial) -> Generation | None:
+        """Which part of a training a trial is; ``None``: all of it."""
+        return None
+
+    def trial_ended(self, study: Study) -> None:
+        """After each trial."""

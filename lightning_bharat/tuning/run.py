@@ -16,8 +16,11 @@ from lightning_bharat.tuning.best import Best
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.controller import Controller
 from lightning_bharat.tuning.engine import WarmEngine
+from lightning_bharat.tuning.for_population import agree, members_for
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import Limit
+from lightning_bharat.tuning.lineage import in_words
+from lightning_bharat.tuning.population import Population
 from lightning_bharat.tuning.proposals import Proposals
 from lightning_bharat.tuning.pruners import make_pruner
 from lightning_bharat.tuning.retry import MAX_RETRIES
@@ -44,6 +47,7 @@ def tune(
     sampler: str | Mapping[str, Any] | BaseSampler = "tpe",
     pruner: str | Mapping[str, Any] | BasePruner | None = None,
     stop: Any = None,
+    population: Mapping[str, Any] | Population | None = None,
     limits: Sequence[Limit] = (),
     workers: int = 1,
     ranks: int = 1,
@@ -66,10 +70,14 @@ def tune(
         space: what is searched, or its YAML file; for an objective nothing: it asks for its values itself.
         monitor: the logged metric whose last value is a trial's; several for several objectives.
         mode: ``"min"`` or ``"max"``, for each metric.
-        n_trials: the study's trials in all, over all its starts and hosts.
+        n_trials: the study's trials in all, over all its starts and hosts; of a population by default its size times
+            its generations.
         sampler: how points are chosen: see :func:`~lightning_bharat.tuning.samplers.make_sampler`.
         pruner: how trials are cut short: see :func:`~lightning_bharat.tuning.pruners.make_pruner`.
         stop: rules that end the study early: see :func:`~lightning_bharat.tuning.stopping.make_rules`.
+        population: trains a population instead (Jaderberg et al. 2017), as in ``{"size": 4, "interval": 2}``: see
+            :class:`~lightning_bharat.tuning.population.Population`. Each trial is one generation of a member, and
+            ``sampler`` draws the first.
         limits: the most of something that a trial may need, such as ``Limit("peak_memory_bytes", "2 GiB")``: they are
             constraints that are known after it.
         workers: trials at a time on this host, each with its own share of cores and devices.
@@ -89,7 +97,7 @@ def tune(
         BadInput: what can't be done as it is, before anything runs.
         SameError: trials one after another ended by the same error.
     """
-    if n_trials is None and stop is None and sampler != "grid":
+    if n_trials is None and stop is None and sampler != "grid" and population is None:
         raise BadInput('nothing would end the study: write n_trials=40, or a rule such as stop={"name": "time", ...}')
     monitors, modes = _listed(monitor), _listed(mode)
     if len(modes) == 1:
@@ -103,6 +111,10 @@ def tune(
             f'mode={mode!r}: expected "min" or "max", one for all of the {len(monitors)} metrics or for each'
         )
     directions = [_DIRECTIONS[one] for one in modes]
+    proposals, members = Proposals(searched), None if population is None else Population.read(population)
+    if members is not None:
+        others = {"monitor": monitor, "pruner": pruner, "sampler": sampler}
+        proposals, n_trials = members_for(members, config, searched, home, seed or 0, n_trials, others)
     study = optuna.create_study(
         study_name=name,
         storage=open_storage(storage or home),
@@ -111,6 +123,7 @@ def tune(
         directions=directions,
         load_if_exists=True,
     )
+    agree(study, members)
     work = Work(
         home,
         config.keep(home) if config else None,
@@ -127,8 +140,10 @@ def tune(
     )
     engine.warm_up()
     budget, best = Budget(n_trials, make_rules(stop)), Best(study, work, say)
-    Controller(study, engine, places, work, Proposals(searched), budget, Leases(study), best.trial_ended).run()
+    Controller(study, engine, places, work, proposals, budget, Leases(study), best.trial_ended).run()
     best.study_ended(budget.reason)
+    if members is not None:
+        say(in_words(study, home))
     return study
 
 

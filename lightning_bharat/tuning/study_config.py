@@ -127,6 +127,20 @@ class StudyConfig:
             return len(devices)
         return devices if isinstance(devices, int) and devices > 0 else max(1, devices_here)
 
+    def length(self, unit: str) -> int:
+        """Of a whole training: the trainer's ``max_epochs`` or ``max_steps``.
+
+        Raises:
+            BadInput: the config does not say.
+        """
+        found = self._options.get(f"max_{unit}")
+        if not isinstance(found, int) or found < 1:
+            raise BadInput(
+                f"trainer.max_{unit}={found}: a population needs the length of a member's whole training; write "
+                f"--trainer.max_{unit}=..., in which there are as many generations as its interval says"
+            )
+        return found
+
     @property
     def on_cpu(self) -> bool:
         """Whether the config asks for no accelerator."""

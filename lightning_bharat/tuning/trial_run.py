@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_bharat.callbacks.optuna_pruning import OptunaPruning
 from lightning_bharat.cluster.rank_main import ask
 from lightning_bharat.commands.project import ProjectCLI
 from lightning_bharat.tuning import current, fit_parser
+from lightning_bharat.tuning.generation import Generation, GenerationEnd
 from lightning_bharat.tuning.grouping import group_loggers
 from lightning_bharat.tuning.record import TrialRecorder
 from lightning_bharat.tuning.remote_trial import RemoteTrial
@@ -39,8 +41,9 @@ class Orders:
         user_attrs: what the trial was enqueued with.
         config: the study's own, which ``bharat fit`` takes.
         monitors: metrics that are the trial's values.
-        ckpt_path: where the fit goes on.
+        ckpt_path: of the trial that this one retries, where the fit goes on.
         prune: whether the first monitored metric is reported while the fit runs.
+        generation: of a population's member, at whose end the fit ends; ``None``: it is a whole one.
     """
 
     study: str
@@ -53,6 +56,13 @@ class Orders:
     monitors: Sequence[str] = ()
     ckpt_path: str | None = None
     prune: bool = True
+    generation: Generation | None = None
+
+    @property
+    def begins(self) -> str | None:
+        """The checkpoint that the fit goes on from."""
+        donor = self.generation.begins if self.generation else None
+        return self.ckpt_path or (str(donor) if donor else None)
 
     @property
     def words(self) -> list[str]:
@@ -110,8 +120,10 @@ class TrialCLI(ProjectCLI):
 
     def __init__(self, orders: Orders) -> None:
         self._orders, self.recorder = orders, TrialRecorder()
+        self._end = GenerationEnd(orders.generation) if orders.generation else None
         super().__init__(self._settle, run=False, args=orders.words, save_config_callback=None)
-        self._fit()
+        with self._end.copying() if self._end else nullcontext():
+            self._fit()
 
     def setup_parser(self, *_: Any) -> None:
         """That of ``bharat fit``, which the process server has built."""
@@ -135,13 +147,15 @@ class TrialCLI(ProjectCLI):
     def _fit(self) -> None:
         names = inspect.signature(pl.Trainer.fit).parameters.keys() - {"self", "model"}
         options = {name: self.config_init[name] for name in names if name in self.config_init}
-        if self._orders.ckpt_path:  # as an option, LightningCLI would put its hyperparameters over the trial's
-            options["ckpt_path"] = self._orders.ckpt_path
+        if self._orders.begins:  # as an option, LightningCLI would put its hyperparameters over the trial's
+            options["ckpt_path"] = self._orders.begins
         self.trainer.fit(self.model, datamodule=self.datamodule, **options)
 
     def _settle(self, trainer: pl.Trainer) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, self.recorder)
+        if self._end is not None:
+            self._end.join(callbacks)
         if self._orders.prune and not any(isinstance(callback, OptunaPruning) for callback in callbacks):
             callbacks.insert(0, OptunaPruning(monitor=self._orders.monitors[0]))
 

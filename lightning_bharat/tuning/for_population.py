@@ -1,0 +1,87 @@
+"""Whether a population can be trained as it was asked for, and what then proposes its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from optuna import Study
+
+from lightning_bharat.commands.project import BadInput
+from lightning_bharat.tuning.members import Members
+from lightning_bharat.tuning.options import nearest
+from lightning_bharat.tuning.population import Population
+from lightning_bharat.tuning.space import SearchSpace
+from lightning_bharat.tuning.study_config import StudyConfig
+
+POPULATION = "population"  # in the study: how its population is trained
+
+
+def members_for(
+    population: Population,
+    config: StudyConfig | None,
+    space: SearchSpace | None,
+    folder: Path,
+    seed: int,
+    n_trials: int | None,
+    others: Mapping[str, Any],
+) -> tuple[Members, int]:
+    """What proposes the generations of a population, and how many trials they are at most.
+
+    Args:
+        others: the arguments ``monitor``, ``pruner`` and ``sampler``, as they were given.
+
+    Raises:
+        BadInput: what does not go together.
+    """
+    if config is None or space is None:
+        raise BadInput("population trains a LightningCLI project: write its config in the place of an objective")
+    _check_others(others)
+    unit = population.unit
+    if f"trainer.max_{unit}" in space.distributions:
+        raise BadInput(f"trainer.max_{unit} is searched, and in a population it is the length of all members' training")
+    for key in population.explore or ():
+        if key not in space.distributions:
+            near = nearest(key, space.distributions)
+            raise BadInput(f"population: explore names {key!r}, which the space does not have.{near}")
+    length = config.length(unit)
+    most = population.size * population.generations(length)
+    if n_trials is not None and n_trials > most:
+        raise BadInput(
+            f"n_trials={n_trials}: {population.size} members over trainer.max_{unit}={length} in intervals of "
+            f"{population.interval} are {most} trials; leave n_trials out, or train longer"
+        )
+    return Members(population, space, folder, length, seed), n_trials or most
+
+
+def agree(study: Study, population: Population | None) -> None:
+    """Note in a new study how its population is trained, and see that one that goes on is trained alike.
+
+    Raises:
+        BadInput: the study was made with another population, or without one.
+    """
+    now = None
+    if population is not None:  # as it comes back from a storage
+        now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(population).items()}
+    before = study.user_attrs.get(POPULATION)
+    if before is None and now is not None and not study.get_trials(deepcopy=False):
+        study.set_user_attr(POPULATION, now)
+    elif before != now:
+        raise BadInput(
+            f"the study {study.study_name!r} has population={before}, and this call population={now}: write the same "
+            "to go on with it, or another --study_name to begin a new one"
+        )
+
+
+def _check_others(others: Mapping[str, Any]) -> None:
+    sampler, monitor = others["sampler"], others["monitor"]
+    if not isinstance(monitor, str) and isinstance(monitor, Sequence) and len(monitor) > 1:
+        raise BadInput(f"monitor={monitor!r}: members of a population are ranked by one metric; give one")
+    if others["pruner"] not in (None, "none"):
+        raise BadInput(
+            f"pruner={others['pruner']!r}: the population itself replaces its poor members; leave pruner out"
+        )
+    if (sampler.get("name") if isinstance(sampler, Mapping) else sampler) == "grid":
+        raise BadInput('sampler="grid": the sampler draws the first generation of a population; write sampler="random"')
