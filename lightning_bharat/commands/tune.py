@@ -20,6 +20,7 @@ another host that sees the same storage it joins in.
 Example:
     bharat tune --config config.yaml --space space.yaml --n_trials 20 --data.batch_size 4
     bharat tune --config config.yaml --space space.yaml --sampler gp --pruner asha --workers 2
+    bharat tune --config config.yaml --space space.yaml --points points.csv --transfer runs/earlier
 """
 
 
@@ -29,6 +30,7 @@ def main(words: list[str]) -> int:
         import optuna
 
         from lightning_bharat.tuning.controller import SameError
+        from lightning_bharat.tuning.errors import StorageError
         from lightning_bharat.tuning.run import tune
         from lightning_bharat.tuning.study_config import StudyCLI, StudyConfig
     except ModuleNotFoundError as error:
@@ -40,7 +42,7 @@ def main(words: list[str]) -> int:
         cli = StudyCLI(words, "bharat tune", _DESCRIPTION, _add)
         options = cli.own_options()
         study = tune(StudyConfig(cli, options["seed"] or 0), **options)
-    except (*BAD_PROJECT, ValueError, OSError) as error:
+    except (*BAD_PROJECT, StorageError, ValueError, OSError) as error:
         say_error("bharat tune", error)
         return 2
     except SameError as error:
@@ -53,5 +55,7 @@ def _add(parser: LightningArgumentParser) -> None:
     from lightning_bharat.tuning.run import tune
 
     parser.add_argument("--space", type=Path, required=True, help="YAML file of the options that are searched.")
-    skip: set[str | int] = {"target", "space", "ranks", "args", "say"}
+    parser.add_argument("--points", type=str, help="CSV of points to try first; or an earlier study's folder.")
+    parser.add_argument("--transfer", nargs="+", type=str, help="Folders of earlier studies to learn from.")
+    skip: set[str | int] = {"target", "space", "ranks", "args", "say", "points", "transfer"}
     parser.add_function_arguments(tune, skip=skip, as_group=False)

@@ -1,9 +1,12 @@
 """The next point of a study that earlier ones know something about.
 
-The study's own results are modelled as what the earlier ones expect of them, on a scale of its own, plus a Gaussian
+The study's own results are modelled as what the earlier ones expect of them, by its own scale, plus a Gaussian
 process of the rest (a stack of two, as in Vizier: Golovin et al., 2017, https://doi.org/10.1145/3097983.3098043): where
 the optimum has moved, the second part says so after a few trials. The point of the highest expected improvement is
 looked for among random ones and around the best ones.
+
+Only earlier results are ranks here. The study's own are all of one task, and near an optimum ranks tell equal steps
+where values say that little is left: with ranks, bowls in four numbers were searched a hundred times less deep.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from optuna.trial import FrozenTrial
 from scipy.stats import norm
 
 from lightning_bharat.tuning.knowledge import encoder_of
-from lightning_bharat.tuning.surrogate import Array, Process, normal_ranks, to_unit
+from lightning_bharat.tuning.surrogate import Array, Process, to_unit
 
 Params = dict[str, Any]
 _RANDOM, _AROUND, _ROUNDS = 300, 100, 3
@@ -65,15 +68,15 @@ def _model(
 ) -> Callable[[Sequence[Params]], Array]:
     """Expected improvement of points."""
     encode = encoder_of(trials, distributions)
-    ranks = normal_ranks(losses)
+    scaled = standardized(losses)
     given = prior([trial.params for trial in trials])
-    slope = max(0.0, float(np.cov(given, ranks)[0, 1] / max(np.var(given, ddof=1), 1e-12)))
-    offset = ranks.mean() - slope * given.mean()
-    rest = ranks - offset - slope * given
+    slope = max(0.0, float(np.cov(given, scaled)[0, 1] / max(np.var(given, ddof=1), 1e-12)))
+    offset = scaled.mean() - slope * given.mean()
+    rest = scaled - offset - slope * given
     seen = [trial.params for trial in [*trials, *running]]
     # A running trial is believed to end as expected (Ginsbourger et al., 2010, kriging believer).
     process = Process(encode(seen), np.concatenate([rest, np.zeros(len(running))]))
-    best = min(ranks)
+    best = min(scaled)
 
     def improvement(points: Sequence[Params]) -> Array:
         mean, deviation = process.predict(encode(points))
@@ -81,6 +84,15 @@ def _model(
         return gain * norm.cdf(gain / deviation) + deviation * norm.pdf(gain / deviation)
 
     return improvement
+
+
+def standardized(losses: Sequence[float]) -> Array:
+    """``losses`` with mean 0 and variance 1. Those farther above the median than the best is below it are as far: a run
+    that blew up says no more than that."""
+    values = np.asarray(losses, float)
+    middle = np.median(values)
+    values = np.minimum(values, 2 * middle - values.min())
+    return (values - values.mean()) / (values.std() or 1.0)
 
 
 def draw(

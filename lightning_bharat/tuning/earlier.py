@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-JOURNAL = "study.journal"  # in a study's folder
+from lightning_bharat.tuning._optuna import all_trials
+from lightning_bharat.tuning.errors import StorageError
+from lightning_bharat.tuning.storage import open_storage
 
 EarlierStudy = optuna.Study | str | Path | tuple[str | BaseStorage, str]
 
@@ -27,11 +29,15 @@ class Earlier:
         name: the study's.
         trials: that are complete, finite and feasible.
         losses: of each; the study's values, turned around where the highest was the best.
+        direction: of its values.
+        began: when its first trial did.
     """
 
     name: str
     trials: Sequence[FrozenTrial]
     losses: Sequence[float]
+    direction: StudyDirection
+    began: datetime | None
 
     @property
     def best_first(self) -> list[FrozenTrial]:
@@ -49,12 +55,12 @@ def read_earlier(source: EarlierStudy, argument: str) -> Earlier:
     """The finished trials of ``source``.
 
     Args:
-        source: a study; a study's folder, with its ``study.journal``; or its storage (a URL or an Optuna storage) and
-            its name.
+        source: a study; the folder of one; or its storage (as :func:`open_storage` takes it, or Optuna's) and its name.
         argument: what the user calls it, for errors.
 
     Raises:
-        ValueError: it can't be found, has several objectives, or has no finished trial.
+        StorageError: there is no such storage, or it can't be opened.
+        ValueError: the study can't be found, has several objectives, or has no finished trial.
     """
     study = _opened(source, argument)
     if len(study.directions) != 1:
@@ -65,12 +71,17 @@ def read_earlier(source: EarlierStudy, argument: str) -> Earlier:
     trials = usable_trials(study)
     if not trials:
         raise ValueError(f"{argument}: the study {study.study_name!r} has no complete trial; leave it out")
-    return Earlier(study.study_name, trials, losses_of(study, trials))
+    return Earlier(study.study_name, trials, losses_of(study, trials), study.direction, began(study))
+
+
+def began(study: optuna.Study) -> datetime | None:
+    """When the first trial of ``study`` did, to tell it from others of its name."""
+    return min((trial.datetime_start for trial in all_trials(study) if trial.datetime_start), default=None)
 
 
 def usable_trials(study: optuna.Study) -> list[FrozenTrial]:
     """Those whose value says how good their parameters are: complete, finite and feasible."""
-    return [trial for trial in study.get_trials(deepcopy=False) if _is_usable(trial)]
+    return [trial for trial in all_trials(study) if _is_usable(trial)]
 
 
 def losses_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[float]:
@@ -89,21 +100,14 @@ def _is_usable(trial: FrozenTrial) -> bool:
 def _opened(source: EarlierStudy, argument: str) -> optuna.Study:
     if isinstance(source, optuna.Study):
         return source
-    storage, name = source if isinstance(source, tuple) else (_journal(Path(source), argument), None)
+    where, name = source if isinstance(source, tuple) else (source, None)
     try:
-        return optuna.load_study(storage=storage, study_name=name)
-    except KeyError:
-        known = optuna.get_all_study_names(storage)
+        storage = where if isinstance(where, BaseStorage) else open_storage(where, must_exist=True)
+    except StorageError as error:
+        raise StorageError(f"{argument}: {error}") from error
+    known = optuna.get_all_study_names(storage)
+    if name not in known and (name is not None or len(known) != 1):
         raise ValueError(
-            f"{argument}={source!r}: no such study there; there are {', '.join(known) or 'none'}"
-        ) from None
-
-
-def _journal(folder: Path, argument: str) -> JournalStorage:
-    journal = folder / JOURNAL
-    if not journal.is_file():
-        raise ValueError(
-            f"{argument}={str(folder)!r}: there is no {JOURNAL} in it; write a study's folder, such as runs/NAME, an "
-            "optuna.Study, or (storage, name)"
+            f"{argument}={source!r}: which study? There are {', '.join(known) or 'none'}; write (storage, name)"
         )
-    return JournalStorage(JournalFileBackend(str(journal)))
+    return optuna.load_study(storage=storage, study_name=name)

@@ -24,6 +24,7 @@ from lightning_bharat.tuning._optuna import storage_of, trial_id
 from lightning_bharat.tuning.leases import RUN_BY
 
 RETRY_OF = "retry_of"
+POINT = "point"  # of a trial that was enqueued: its values, as text
 MAX_RETRIES = 3
 _OWED = "bharat:retry"  # in a failed trial: it is owed a successor
 # Of one run, not of the point: the successor writes its own.
@@ -71,23 +72,32 @@ def mend(study: optuna.Study) -> int:
 
 
 def withdraw(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> bool:
-    """End a trial that was just asked for if another one already tries the same point again: don't run it then.
+    """End a trial that was just asked for if another one already tries the same point again, or if two hosts that began
+    at once have both enqueued it: don't run it then.
 
     Returns:
         Whether this call ended it.
     """
-    of = trial.user_attrs.get(RETRY_OF)
-    if of is None:
+    first = _first_like(study, trial)
+    if first is None or first == trial.number:
         return False
-    first = min(other.number for other in study.get_trials(deepcopy=False) if other.user_attrs.get(RETRY_OF) == of)
-    if first == trial.number:
-        return False
-    storage = storage_of(study)
+    storage, of = storage_of(study), trial.user_attrs.get(RETRY_OF)
+    does = "has the same point" if of is None else f"already retries trial {of}"
     try:
-        storage.set_trial_user_attr(trial_id(trial), "end", f"withdrawn: trial {first} already retries trial {of}")
+        storage.set_trial_user_attr(trial_id(trial), "end", f"withdrawn: trial {first} {does}")
         return storage.set_trial_state_values(trial_id(trial), TrialState.FAIL)
     except UpdateFinishedTrialError:
         return False
+
+
+def _first_like(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> int | None:
+    """The first trial that retries the same one, or has the same enqueued point for the first time."""
+    others, of = study.get_trials(deepcopy=False), trial.user_attrs.get(RETRY_OF)
+    if of is not None:
+        return min(other.number for other in others if other.user_attrs.get(RETRY_OF) == of)
+    point = trial.user_attrs.get(POINT)
+    alike = [o.number for o in others if o.user_attrs.get(POINT) == point and RETRY_OF not in o.user_attrs]
+    return min(alike) if point is not None else None
 
 
 def successor(trial: FrozenTrial) -> FrozenTrial:

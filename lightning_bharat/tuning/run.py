@@ -10,8 +10,10 @@ import optuna
 from optuna import Study
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 
 from lightning_bharat.commands.project import BadInput
+from lightning_bharat.tuning.after_earlier import Transfer, earlier_studies, sampler_after
 from lightning_bharat.tuning.best import Best
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.controller import Controller
@@ -30,6 +32,7 @@ from lightning_bharat.tuning.space import SearchSpace
 from lightning_bharat.tuning.stopping import make_rules
 from lightning_bharat.tuning.storage import open_storage
 from lightning_bharat.tuning.study_config import StudyCLI, StudyConfig
+from lightning_bharat.tuning.warm_start import Points, checked_points, enqueue
 from lightning_bharat.tuning.work import Work
 
 Mode = Literal["min", "max"]
@@ -56,6 +59,8 @@ def tune(
     folder: str | Path | None = None,
     storage: str | Path | None = None,
     max_retries: int = MAX_RETRIES,
+    points: Points | None = None,
+    transfer: Transfer | None = None,
     args: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Study:
@@ -87,6 +92,10 @@ def tune(
         folder: of the study.
         storage: by default a journal in the folder; else ``sqlite:///…``, ``postgresql://…``, ``grpc://host:port``.
         max_retries: how often a trial whose process was killed is started again, from its own checkpoint.
+        points: that are tried first, each once over all starts of the study: dicts of values, a CSV, or an earlier
+            study, of which the best are taken; see :func:`~lightning_bharat.tuning.warm_start.warm_start`.
+        transfer: earlier studies to learn from, for as long as their results agree with this one's: folders, storages
+            and names, or studies; see :class:`~lightning_bharat.tuning.transfer.TransferSampler`.
         args: options of ``bharat fit`` over the config, such as ``["--data.batch_size=4"]``.
         say: told one line at each trial's end.
 
@@ -115,15 +124,23 @@ def tune(
     if members is not None:
         others = {"monitor": monitor, "pruner": pruner, "sampler": sampler}
         proposals, n_trials = members_for(members, config, searched, home, seed or 0, n_trials, others)
+        if points is not None or transfer is not None:
+            raise BadInput("population: its members begin where its sampler says; leave points and transfer out")
+    kept = open_storage(storage or home)
+    earlier = [] if transfer is None else earlier_studies(transfer, name, kept, directions, searched)
+    first = (
+        [] if points is None else checked_points(points, searched, [StudyDirection[one.upper()] for one in directions])
+    )
     study = optuna.create_study(
         study_name=name,
-        storage=open_storage(storage or home),
-        sampler=make_sampler(sampler, seed, searched, directions, n_trials),
+        storage=kept,
+        sampler=sampler_after(earlier, make_sampler(sampler, seed, searched, directions, n_trials), seed),
         pruner=make_pruner(pruner, directions=directions),
         directions=directions,
         load_if_exists=True,
     )
     agree(study, members)
+    enqueue(study, first)
     work = Work(
         home,
         config.keep(home) if config else None,

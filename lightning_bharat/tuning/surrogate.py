@@ -89,10 +89,15 @@ class Process:
 
 
 def _matern(a: Array, b: Array, lengths: Array) -> Array:
+    r = _distances(a, b, lengths)
+    return (1 + r + r**2 / 3) * np.exp(-r)
+
+
+def _distances(a: Array, b: Array, lengths: Array) -> Array:
+    """Times √5, as the kernel has them."""
     scaled_a, scaled_b = a / lengths, b / lengths
     squares = (scaled_a**2).sum(1)[:, None] + (scaled_b**2).sum(1)[None] - 2 * scaled_a @ scaled_b.T
-    r = np.sqrt(5 * np.maximum(squares, 0.0))
-    return (1 + r + r**2 / 3) * np.exp(-r)
+    return np.sqrt(5 * np.maximum(squares, 0.0))
 
 
 def _fit(x: Array, y: Array, lengths: Array | None) -> tuple[Array, float, float]:
@@ -100,15 +105,24 @@ def _fit(x: Array, y: Array, lengths: Array | None) -> tuple[Array, float, float
     too sure (lengths about 0.5, noise about 0.02 of the variance)."""
     free = x.shape[1] if lengths is None else 0
     start = np.array([math.log(0.5)] * free + [0.0, math.log(0.02)])
+    width = np.array([1.0] * free + [1.0, 1.5])
+    apart = (x[:, None] - x[None]) ** 2
 
-    def surprise(theta: Array) -> float:
+    def surprise(theta: Array) -> tuple[float, Array]:
+        """And its gradient (Rasmussen and Williams, 2006, Gaussian processes for machine learning, section 5.4.1)."""
         own = np.exp(theta[:free]) if lengths is None else lengths
-        kernel = math.exp(theta[-2]) * _matern(x, x, own) + (math.exp(theta[-1]) + _JITTER) * np.eye(len(x))
-        root = cho_factor(kernel, lower=True)
-        fit = 0.5 * y @ cho_solve(root, y) + np.log(np.diag(root[0])).sum()
-        return fit + 0.5 * (((theta - start) / ([1.0] * free + [1.0, 1.5])) ** 2).sum()
+        r, (amplitude, noise) = _distances(x, x, own), np.exp(theta[-2:])
+        signal = amplitude * (1 + r + r**2 / 3) * np.exp(-r)
+        root = cho_factor(signal + (noise + _JITTER) * np.eye(len(x)), lower=True)
+        weights = cho_solve(root, y)
+        slope = 0.5 * (cho_solve(root, np.eye(len(x))) - np.outer(weights, weights))
+        by_length = np.tensordot(slope * amplitude * 5 / 3 * (1 + r) * np.exp(-r), apart, 2) / own**2
+        gradient = np.array([*by_length[:free], (slope * signal).sum(), noise * np.trace(slope)])
+        away = (theta - start) / width
+        value = 0.5 * y @ weights + np.log(np.diag(root[0])).sum() + 0.5 * (away**2).sum()
+        return float(value), gradient + away / width
 
     bounds = [(math.log(0.05), math.log(10.0))] * free + [(math.log(1e-2), math.log(10.0)), (math.log(1e-4), 0.0)]
-    found = minimize(surprise, start, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60}).x
+    found = minimize(surprise, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60}).x
     own = np.exp(found[:free]) if lengths is None else lengths
     return own, math.exp(found[-2]), math.exp(found[-1])

@@ -8,36 +8,40 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bharat.tuning._optuna import FIXED, all_trials, note
 from lightning_bharat.tuning.acquisition import Params, clipped, propose
-from lightning_bharat.tuning.earlier import EarlierStudy, losses_of, read_earlier, usable_trials
+from lightning_bharat.tuning.earlier import Earlier, EarlierStudy, losses_of, read_earlier, usable_trials
 from lightning_bharat.tuning.knowledge import Knowledge
+from lightning_bharat.tuning.samplers import make_sampler
+from lightning_bharat.tuning.source_seeds import SEED, Seeds
 from lightning_bharat.tuning.surrogate import Array
 
 SHARE = 0.8  # of trials that earlier studies propose, as long as they agree; the others are the base's
-RISK = 0.025  # that a source passes which has nothing to do with the study
+RISK = 0.05  # that a source passes which has nothing to do with the study
 
 
 class TransferSampler(BaseSampler):
     """Proposes points by what earlier studies found, for as long as this study's own results agree with them.
 
-    The first ``seeds`` trials are the best points of the sources in turn. Then each source has a weight: the lower end
-    of an interval of the rank correlation between what it expects and what came (ranks and weights by similarity as in
-    Wistuba et al., 2016, https://doi.org/10.1007/978-3-319-46128-1_3, and Feurer et al., 2018,
-    https://arxiv.org/abs/1802.02219). As long as no weight is above 0, the base sampler goes on alone; so sources that
-    have nothing to do with the study cost the seeds and no more.
+    The first trial is the best point of a source, and up to ``seeds`` of the first ones are, as long as they are better
+    than what the base sampler finds between them. Then each source has a weight: the lower end of an interval of the
+    rank correlation between what it expects and what came (ranks and weights by similarity as in Wistuba et al., 2016,
+    https://doi.org/10.1007/978-3-319-46128-1_3, and Feurer et al., 2018, https://arxiv.org/abs/1802.02219). As long as
+    no weight is above 0, the base sampler goes on alone; so sources that have nothing to do with the study cost the
+    seeds and no more.
 
     Parameters are matched by name, numbers with numbers and choices with choices; each is asked one by one, so
     conditional ones too, and what no source knows comes from the base. Points are clipped to the study's own ranges.
 
     Args:
-        sources: earlier studies with one objective: an ``optuna.Study``, its folder, or its storage and name. The
-            direction of each is its own.
-        base: the sampler without sources; Optuna's TPE with ``seed`` if None.
-        seed: of the proposals; with a seeded base the study can be repeated.
-        seeds: trials that are spent on the sources' best points.
+        sources: earlier studies with one objective: an ``optuna.Study``, its folder, or its storage and name; or what
+            was read of them. The direction of each is its own.
+        base: the sampler without sources: a name, options, or a sampler, as :func:`make_sampler` takes it.
+        seed: of the proposals, and of a named base.
+        seeds: at most so many trials are the sources' best points.
 
     Raises:
         ValueError: there is no source, or one can't be used, see :func:`read_earlier`.
@@ -45,17 +49,17 @@ class TransferSampler(BaseSampler):
 
     def __init__(
         self,
-        sources: Sequence[EarlierStudy],
-        base: BaseSampler | None = None,
+        sources: Sequence[EarlierStudy | Earlier],
+        base: str | Mapping[str, Any] | BaseSampler = "tpe",
         seed: int | None = None,
         seeds: int = 3,
     ) -> None:
         if isinstance(sources, (str, tuple, optuna.Study)) or not sources:
             raise ValueError(f"sources={sources!r}: write a list of earlier studies")
-        self._sources = [Knowledge(read_earlier(source, f"sources[{i}]")) for i, source in enumerate(sources)]
-        self._sampler = TPESampler(seed=seed) if base is None else base
+        self._sources = [Knowledge(_read(source, i)) for i, source in enumerate(sources)]
+        self._sampler = make_sampler(base, seed)
         self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        self._seeds = list(_in_turn([source.best_first[:seeds] for source in self._sources]))[:seeds]
+        self._seeds = Seeds([source.best_first[:seeds] for source in self._sources], seeds)
         self._proposed: dict[int, Params] = {}
 
     def weights(self, study: optuna.Study) -> dict[str, float]:
@@ -106,16 +110,19 @@ class TransferSampler(BaseSampler):
         self._sampler.reseed_rng()
 
     def _propose(self, study: optuna.Study, trial: FrozenTrial) -> Params | None:
-        """A point, or None where it is the base's turn."""
-        others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-        own = [other for other in others if other.state.is_finished() or other.state == TrialState.RUNNING]
-        asked = [other for other in own if "fixed_params" not in other.system_attrs]
-        if len(asked) < len(self._seeds):
-            return dict(self._seeds[len(asked)].params)
+        """A point, or None where it is the base's turn, or the trial was enqueued with one."""
+        if FIXED in trial.system_attrs or trial.params:
+            return None
+        others = [other for other in all_trials(study) if other.number != trial.number]
+        own = [other for other in others if other.state != TrialState.WAITING]
+        trials, losses = _results(study)
+        seed = self._seeds.next(own, dict(zip([t.number for t in trials], losses, strict=True)))
+        if seed is not None:
+            note(study, trial, SEED, seed)
+            return self._seeds.params(seed)
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, trial.number])))
         if random.rand() > SHARE:
             return None
-        trials, losses = _results(study)
         weights = self._weights(trials, losses)
         if not any(weights):
             return None
@@ -141,15 +148,13 @@ class TransferSampler(BaseSampler):
         return propose(trials, losses, running, distributions, prior, [s for s in starts if s], random)
 
 
+def _read(source: EarlierStudy | Earlier, i: int) -> Earlier:
+    return source if isinstance(source, Earlier) else read_earlier(source, f"sources[{i}]")
+
+
 def _results(study: optuna.Study) -> tuple[list[FrozenTrial], list[float]]:
     trials = usable_trials(study)
     return trials, losses_of(study, trials)
-
-
-def _in_turn(lists: Sequence[Sequence[FrozenTrial]]) -> list[FrozenTrial]:
-    """The first of each, the second of each, and so on."""
-    longest = max(map(len, lists))
-    return [each[i] for i in range(longest) for each in lists if i < len(each)]
 
 
 def _allows(distribution: BaseDistribution, value: Any) -> bool:

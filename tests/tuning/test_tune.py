@@ -16,6 +16,7 @@ from lightning_bharat.commands.project import BadInput
 from lightning_bharat.tuning import Limit, SearchSpace, tune
 from lightning_bharat.tuning.controller import SameError
 from lightning_bharat.tuning.proposals import NoFeasiblePoint, Proposals
+from lightning_bharat.tuning.storage import open_storage
 from tests.ranks import server
 from tests.tuning import tuned
 
@@ -181,7 +182,16 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "the study has its 2 trials: 2 complete" in capsys.readouterr().out
     assert yaml.safe_load(Path("runs/config/best.yaml").read_text())["data"]["init_args"]["batches"] == 1
     other = ["--study_name", "other", "--sampler", '{"name": "tpe", "n_startup_trials": 1}', "--limits", "[]"]
+    Path("points.csv").write_text("model.lr\n0.125\n")
+    other += ["--points", "points.csv", "--transfer", "runs/config"]
     assert main([*words, *other]) == 0
+    first, second = optuna.load_study(study_name="other", storage=open_storage("runs/other")).trials
+    best = yaml.safe_load(Path("runs/config/best.yaml").read_text())["model"]["init_args"]["lr"]
+    assert (first.params, second.params) == ({"model.lr": 0.125}, {"model.lr": best})
+    assert main([*words, *other]) == 0
+    assert len(optuna.load_study(study_name="other", storage=open_storage("runs/other")).trials) == 2
+    assert main([*words, "--transfer", "runs/none"]) == 2
+    assert "transfer[0]: storage='runs/none': there is no study" in capsys.readouterr().err
     assert main([*words, "--sampler", "tp"]) == 2
     assert "tpe" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lightning_bharat.tuning.earlier import JOURNAL
+from lightning_bharat.commands.project import BadInput
+from lightning_bharat.tuning import tune
+from lightning_bharat.tuning.after_earlier import earlier_studies, sampler_after
+from lightning_bharat.tuning.errors import StorageError
+from lightning_bharat.tuning.retry import retry, withdraw
+from lightning_bharat.tuning.samplers import make_sampler
+from lightning_bharat.tuning.space import SearchSpace, When
+from lightning_bharat.tuning.storage import open_storage
 from lightning_bharat.tuning.warm_start import warm_start
 
 SPACE = {
@@ -154,18 +162,84 @@ def test_the_best_trials_of_an_earlier_study_come_first_with_what_the_space_allo
 def test_an_earlier_study_is_found_by_its_folder_or_storage_and_name(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "earlier"
     folder.mkdir(parents=True)
-    earlier("minimize", JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+    earlier("minimize", JournalStorage(JournalFileBackend(str(folder / "study.journal"))))
     url = f"sqlite:///{tmp_path}/old.db"
     earlier("minimize", url)
     for source in (folder, str(folder), (url, "earlier")):
         study = optuna.create_study()
         assert warm_start(study, SPACE, source, best=1) == 1
         assert study.trials[0].system_attrs["fixed_params"] == {"model.lr": 1e-3}
-    with pytest.raises(ValueError, match="no such study there; there are earlier"):
+    with pytest.raises(ValueError, match="which study. There are earlier"):
         warm_start(study, SPACE, (url, "another"))
-    with pytest.raises(ValueError, match="there is no study.journal in it"):
+    with pytest.raises(StorageError, match="there is no study"):
         warm_start(study, SPACE, tmp_path)
     with pytest.raises(ValueError, match="has no complete trial"):
         warm_start(study, SPACE, optuna.create_study())
     with pytest.raises(ValueError, match="has 2 objectives"):
         warm_start(study, SPACE, optuna.create_study(directions=["minimize"] * 2))
+
+
+def test_conditions_and_constraints_of_a_search_space() -> None:
+    space = SearchSpace(
+        {
+            "moe": CategoricalDistribution([True, False]),
+            "experts": When("moe", IntDistribution(4, 16, step=4)),
+            "width": IntDistribution(1, 64),
+        },
+        constraints=["experts * width <= 256"],
+    )
+    study = optuna.create_study()
+    with pytest.raises(ValueError, match=r"points\[1\]: it breaks the constraint experts \* width <= 256"):
+        warm_start(study, space, [{"moe": True}, {"moe": True, "experts": 16, "width": 17}])
+    assert not study.trials
+    assert warm_start(study, space, [{"moe": True, "experts": 16, "width": 16}, {"moe": False, "width": 64}]) == 2
+    assert [space.suggest(study.ask()) for _ in range(2)][1] == {"moe": False, "width": 64}
+
+
+def test_two_hosts_that_begin_at_once_run_a_point_once() -> None:
+    study = optuna.create_study()
+    for _ in range(2):  # neither sees the other's, as both look before either writes
+        for point in ({"a": 1}, {"a": True}):
+            study.enqueue_trial(point, user_attrs={"point": json.dumps(point)})
+    asked = [study.ask() for _ in range(4)]
+    assert [withdraw(study, trial) for trial in asked] == [False, False, True, True]
+    assert study.trials[2].user_attrs["end"] == "withdrawn: trial 0 has the same point"
+    assert retry(study, study.trials[0], "killed")  # whose successor is no third one
+    assert not withdraw(study, study.ask())
+
+
+def test_what_tune_can_not_begin_with_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, direction, key in (("lowest", "minimize", "x"), ("highest", "maximize", "x"), ("other", "minimize", "z")):
+        made = optuna.create_study(storage=open_storage(f"runs/{name}"), study_name=name, direction=direction)
+        made.optimize(lambda trial, key=key: trial.suggest_float(key, 0, 1), n_trials=3)
+    kept, space = open_storage("runs/new"), SearchSpace({"x": FloatDistribution(0, 1)})
+
+    def refused(
+        said: str, *sources: Any, name: str = "new", storage: Any = kept, directions: Any = ("minimize",)
+    ) -> None:
+        with pytest.raises((BadInput, StorageError)) as error:
+            earlier_studies(list(sources), name, storage, directions, space)
+        assert said in str(error.value), error.value
+
+    refused("transfer[1]: storage='runs/none': there is no study", "runs/lowest", "runs/none")
+    refused("transfer[0]: the study 'highest' was to maximize its value, and this one is to minimize", "runs/highest")
+    refused("searched z, and this one x: no parameter is in both", "runs/other")
+    refused("'lowest' is this study itself", "runs/lowest", name="lowest", storage=open_storage("runs/lowest"))
+    refused("transfer ranks trials by one objective, and this study has 2", "runs/lowest", directions=("minimize",) * 2)
+    assert [e.name for e in earlier_studies("runs/lowest", "new", kept, ["minimize"], space)] == ["lowest"]
+    # Another study of the same name is not this one.
+    assert earlier_studies("runs/lowest", "lowest", kept, ["minimize"], space)
+    found = earlier_studies("runs/lowest", "new", kept, ["minimize"], None)
+    with pytest.raises(BadInput, match="the sampler Grid tries all points"):
+        sampler_after(found, make_sampler("grid", space={"x": [0, 1]}), 0)
+    with pytest.raises(ValueError, match="write a list of dicts"):
+        tune(ask_x, n_trials=1, points="points.csv")
+    with pytest.raises(BadInput, match="'lowest' is this study itself"):
+        tune(ask_x, n_trials=9, study_name="lowest", transfer="runs/lowest")
+
+
+def ask_x(trial: optuna.Trial) -> float:
+    raise AssertionError("nothing was to run")
