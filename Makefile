@@ -50,6 +50,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.input
+	$(BIN)/python -m benchmarks.transfer
+	$(BIN)/python -m benchmarks.widths
 	$(BIN)/python -m benchmarks.tuning
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, exp, log10, pi
 
@@ -43,7 +43,11 @@ class Task:
 
 def hartmann6(trial: Trial) -> float:
     """Six numbers, six local minima (Dixon and Szegő, Towards global optimization 2, 1978)."""
-    x = [trial.suggest_float(f"x{i}", 0, 1) for i in range(6)]
+    return hartmann6_at([trial.suggest_float(f"x{i}", 0, 1) for i in range(6)])
+
+
+def hartmann6_at(x: Sequence[float]) -> float:
+    """Its value at a point of the unit cube."""
     return -sum(
         alpha * exp(-sum(a * (value - p) ** 2 for a, value, p in zip(row, x, points, strict=True)))
         for alpha, row, points in zip(_ALPHA, _A, _P, strict=True)
@@ -52,7 +56,12 @@ def hartmann6(trial: Trial) -> float:
 
 def branin(trial: Trial) -> float:
     """Two numbers, three global minima (the same book)."""
-    x, y = 15 * trial.suggest_float("x", 0, 1) - 5, 15 * trial.suggest_float("y", 0, 1)
+    return branin_at(trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1))
+
+
+def branin_at(x: float, y: float) -> float:
+    """Its value at a point of the unit square, which stands for [-5, 10] × [0, 15]."""
+    x, y = 15 * x - 5, 15 * y
     return (y - 5.1 / (4 * pi**2) * x**2 + 5 / pi * x - 6) ** 2 + 10 * (1 - 1 / (8 * pi)) * cos(x) + 10
 
 
