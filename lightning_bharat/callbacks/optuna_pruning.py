@@ -29,8 +29,8 @@ class OptunaPruning(pl.Callback):
     Rank 0 reports and asks, and one broadcast carries the answer: all ranks stop at the same step, or raise the same
     error. ``fit`` then ends as after an early stop, with all hooks, also where ``min_epochs`` or ``min_steps`` ask for
     more. In ``study.optimize``, ``fit`` raises ``optuna.TrialPruned`` in the process that has the study, so there is
-    nothing to call afterwards. A trial of ``bharat tune`` is marked on all ranks (``trial.note_pruned(step)``), and
-    nothing is raised.
+    nothing to call afterwards. A trial of ``bharat tune`` or ``tune`` is marked on all ranks
+    (``trial.note_pruned(step)``), and nothing is raised: it is booked as pruned whatever an objective returns.
 
     A step is a validation, counted from 0, since Optuna's pruners assume that steps begin at 0 and compare trials at
     equal steps. Optimizer steps are not equal where trials differ in batch size or accumulation, and epochs are not

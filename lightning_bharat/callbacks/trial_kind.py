@@ -70,12 +70,15 @@ def refusal(trial: Any, trainer: pl.Trainer) -> str | None:
             "OptunaPruning: copies of a module under bharat_torchft decide for themselves, so that they would stop at "
             "different steps; leave it out, or train under bharat_hybrid"
         )
-    if trainer.world_size == 1 or not is_of_study(trial) or fits_in_children(trainer):
+    # Ranks that are children have copies of the trial of the process that started them, which each host has.
+    studies = trainer.num_nodes if fits_in_children(trainer) else trainer.world_size
+    if studies == 1 or not is_of_study(trial):
         return None
+    who = "hosts" if fits_in_children(trainer) else "ranks"
     return (
-        f"OptunaPruning: each of the {trainer.world_size} ranks runs this whole script, and so a study.optimize of its "
-        "own: their trials have other numbers, and other parameters where the sampler is not seeded. Let one process "
-        "have the study and give it ranks: write `bharat tune` for a config, lightning_bharat.tuning.tune(objective, "
-        'n_trials=...) in the place of study.optimize(objective, ...), or strategy="ddp_fork", whose ranks are '
-        'children of the process that has the study (on CPUs; on GPUs "ddp_spawn")'
+        f"OptunaPruning: each of the {studies} {who} runs this whole script, and so a study.optimize of its own: their "
+        "trials have other numbers, and other parameters where the sampler is not seeded. Let one process have the "
+        "study and give it ranks: write `bharat tune` for a config, lightning_bharat.tuning.tune(objective, "
+        'n_trials=...) in the place of study.optimize(objective, ...), or strategy="ddp_fork" on one host, whose ranks '
+        'are children of the process that has the study (on CPUs; on GPUs "ddp_spawn")'
     )
