@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution
 
 from benchmarks.tuned_task import HIGH, LOW, MOMENTS, config, quiet
 from lightning_bharat.tuning import SearchSpace, tune
+from lightning_bharat.tuning.slots import usable_cores
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,10 +60,11 @@ class Peers:
 
     def __init__(self, cores: Sequence[int | None], folder: Path) -> None:
         self._cores, self._folder, self._numbers = cores, folder, count()
+        threads = max(1, len(usable_cores()) // len(cores))  # as many as ours has
+        how: dict[str, Any] = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        how["env"] = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "benchmarks.tuned_peer"]
-        self._processes = [
-            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in cores
-        ]
+        self._processes = [subprocess.Popen(command, **how) for _ in cores]
 
     def run(self, trials: int, epochs: int) -> Path:
         """The moments of a study in each process, with ``trials`` in all."""

@@ -209,8 +209,10 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--pairs", type=int, default=30, help="of latencies, 6 at least (default: 30)")
     parser.add_argument("--blocks", type=int, default=6, help="of two workers, 6 at least (default: 6)")
-    parser.add_argument("--trials", type=int, default=4, help="in each block (default: 4)")
-    parser.add_argument("--epochs", type=int, default=8, help="of 250 steps, in trials of blocks and under Ray")
+    parser.add_argument("--trials", type=int, default=2, help="in each block (default: 2)")
+    parser.add_argument(
+        "--epochs", type=int, default=16, help="of 250 steps, in trials of blocks and under Ray (default: 16)"
+    )
     parser.add_argument("--ray-python", type=Path, help="the Python of an environment with Ray Tune")
     return parser.parse_args(words)
 
