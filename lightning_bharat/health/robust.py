@@ -23,7 +23,11 @@ def spread_around(middle: float, values: Iterable[float]) -> float:
 
 def center(values: Iterable[float]) -> float:
     """The median, faster than by ``statistics.median``."""
-    ordered = sorted(values)
+    return center_of_ordered(sorted(values))
+
+
+def center_of_ordered(ordered: Sequence[float]) -> float:
+    """The same of values that are in order."""
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from math import exp, isfinite, log, sqrt
 
-from lightning_bharat.health.robust import center, spread_around
+from lightning_bharat.health.robust import MAD_TO_SIGMA, center_of_ordered, spread_around
 
 WINDOW = 64  # values that say what is usual
 LEAST = 32  # values before the first look
@@ -30,7 +31,8 @@ class SpikeDetector:
 
     def __init__(self, risk: float = 1e-6) -> None:
         self.risk = risk
-        self._usual: deque[float] = deque(maxlen=WINDOW)
+        self._usual: deque[float] = deque()
+        self._ordered: list[float] = []  # the same, kept in order: to sort them for each value would take longer
         self._excesses: deque[float] = deque(maxlen=512)
         self._seen = 0
         self._in_a_row = 0
@@ -47,17 +49,25 @@ class SpikeDetector:
             return far
         if self._in_a_row >= EPISODE:  # the level has changed: what was usual is no more
             self._usual.clear()
+            self._ordered.clear()
         elif far > TAIL:
             self._excesses.append(far - TAIL)
             self._limit = self.limit()
         self._in_a_row = 0
-        self._usual.append(value)
+        self._take(value)
         self._seen += 1
         return None
 
+    def _take(self, value: float) -> None:
+        """Into the window, and the oldest one out of it."""
+        if len(self._usual) == WINDOW:
+            del self._ordered[bisect_left(self._ordered, self._usual.popleft())]
+        self._usual.append(value)
+        insort(self._ordered, value)
+
     def usual(self) -> float:
         """The median of the last values."""
-        return center(self._usual)
+        return center_of_ordered(self._ordered)
 
     def limit(self) -> float:
         """Spreads above the median from where on a value is a spike."""
@@ -74,10 +84,14 @@ class SpikeDetector:
         return min(max(FLOOR, TAIL + scale / shape * (exp(-shape * log(rarer)) - 1)), MOST)
 
     def _distance(self, value: float) -> float:
-        if len(self._usual) < LEAST:
+        """In spreads above the median; 0 where it is surely no more than ``TAIL``."""
+        ordered = self._ordered
+        if len(ordered) < LEAST:
             return 0.0
-        middle = center(self._usual)
-        if value <= middle:  # as half of them are: no spike, whatever the spread is
+        middle = center_of_ordered(ordered)
+        # Above TAIL spreads half of the values are nearer to the median than this; nearly always that is not so.
+        near = (value - middle) / (TAIL * MAD_TO_SIGMA)
+        if bisect_right(ordered, middle + near) - bisect_left(ordered, middle - near) < len(ordered) // 2:
             return 0.0
-        spread = spread_around(middle, self._usual)
+        spread = spread_around(middle, ordered)
         return (value - middle) / max(spread, 1e-3 * abs(middle), 1e-12)
