@@ -98,12 +98,14 @@ class Run:
 
     def step_of(self, optimizer: Any) -> list[Finding]:
         """What all ranks have found before ``optimizer`` makes a step; the same on all."""
-        with as_held():
-            step = self._exchanged(optimizer)
-            findings = list(self._found(optimizer, step))
-        self.last, self.window, self._losses, self._bad = step, [], [], []
+        findings = as_held(self._decided, optimizer)
+        self.window, self._losses, self._bad = [], [], []
         self.steps += 1
         return findings
+
+    def _decided(self, optimizer: Any) -> list[Finding]:
+        self.last = step = self._exchanged(optimizer)
+        return self._found(optimizer, step)
 
     def _exchanged(self, optimizer: Any) -> Step:
         squared = self._squared(optimizer)
@@ -127,23 +129,22 @@ class Run:
             share = self._shares[optimizer] = NormShare(parameters, holder(self.trainer))
         return share.squared(self._device)
 
-    def _found(self, optimizer: Any, step: Step) -> Iterator[Finding]:
+    def _found(self, optimizer: Any, step: Step) -> list[Finding]:
+        found: list[Finding] = []
         if step.reports:
-            yield from flat(gathered([self.inbox.popleft() for _ in range(len(self.inbox))]))
+            found += flat(gathered([self.inbox.popleft() for _ in range(len(self.inbox))]))
         if step.bad_batches:
-            yield from flat(gathered(list(self._bad_batches())))
-            return
+            return found + flat(gathered(list(self._bad_batches())))
         # Infinite gradients of a scaled loss are the scaler's, which leaves such steps out by itself.
         if not step.is_finite and (self._scaler is None or isnan(step.loss)):
-            if self._policy.wants("nan"):
-                yield self._not_finite(optimizer)
-            return
+            return [*found, self._not_finite(optimizer)] if self._policy.wants("nan") else found
         if self._wants_spikes:
-            yield from self._spiked(optimizer, step)
+            found += self._spiked(optimizer, step)
         if self._is_computed_again():
             with self._again():
                 replay = Replay(self.trainer, optimizer)
-                yield from corrupted(self.trainer, self.window, self._losses, replay, self._name)
+                found += corrupted(self.trainer, self.window, self._losses, replay, self._name)
+        return found
 
     def _bad_batches(self) -> Iterator[Finding]:
         for is_bad, what, index in self._bad:
@@ -156,13 +157,15 @@ class Run:
         with self._again():
             return why_not_finite(self.trainer, self.window, replay, self._name)
 
-    def _spiked(self, optimizer: Any, step: Step) -> Iterator[Finding]:
+    def _spiked(self, optimizer: Any, step: Step) -> list[Finding]:
         losses, norms = self._spikes[optimizer]
+        found = []
         if (far := losses.look(step.loss)) is not None:
-            yield self._spike("loss", step.loss, far, losses.usual())
+            found.append(self._spike("loss", step.loss, far, losses.usual()))
         # A norm's noise multiplies it, so its logarithm is looked at; that of a loss is added to it.
         if (far := norms.look(_log(step.norm))) is not None:
-            yield self._spike("gradient norm", step.norm, far, exp(norms.usual()))
+            found.append(self._spike("gradient norm", step.norm, far, exp(norms.usual())))
+        return found
 
     def _spike(self, what: str, value: float, far: float, usual: float) -> Finding:
         words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {usual:.4g}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch.strategies import Strategy
 
@@ -13,10 +13,16 @@ from lightning_bharat.strategies._torch import innermost_function_mode, without_
 from lightning_bharat.strategies.hybrid import HybridStrategy
 from lightning_bharat.strategies.whole_norms import WholeNorms
 
+Result = TypeVar("Result")
 
-def as_held() -> AbstractContextManager:
-    """In here a hook sees what this rank holds of gradients, and a step computes what it computes outside of hooks."""
-    return without_innermost_function_mode() if isinstance(innermost_function_mode(), WholeNorms) else nullcontext()
+
+def as_held(function: Callable[..., Result], *args: Any) -> Result:
+    """Call it where a hook sees what this rank holds of gradients, and a step computes what it computes outside of
+    hooks."""
+    if isinstance(innermost_function_mode(), WholeNorms):
+        with without_innermost_function_mode():
+            return function(*args)
+    return function(*args)
 
 
 @contextmanager
