@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from lightning_bharat.health.finding import Finding
 
 IGNORED = -100  # labels that count for no loss
+TOKENS = (torch.int64, torch.int32)
 
 
 class BatchCheck:
@@ -36,20 +37,22 @@ class BatchCheck:
             leaves: of ``batch``, where they are known.
         """
         leaves = tree_leaves(batch) if leaves is None else leaves
-        flags: list[Tensor | bool] = [True]
-        if leaves:
-            flags = [self._of(leaf) if isinstance(leaf, Tensor) else False for leaf in leaves]
+        flags: list[Tensor | bool] = [self._of(leaf) for leaf in leaves] if leaves else [True]
         return _any(flags), partial(self._described, batch, flags)
 
-    def _of(self, tensor: Tensor) -> Tensor | bool:
+    def _of(self, tensor: Any) -> Tensor | bool:
+        if not isinstance(tensor, Tensor):
+            return False
         if not tensor.numel():
             return True
         if tensor.is_floating_point():
             return self._of_numbers(tensor.detach())
-        return self._is_of_tokens(tensor) and self._of_tokens(tensor)
-
-    def _is_of_tokens(self, tensor: Tensor) -> bool:
-        return self.vocab_size is not None and tensor.ndim > 1 and tensor.dtype in (torch.int64, torch.int32)
+        if (size := self.vocab_size) is None or tensor.dtype not in TOKENS or tensor.ndim < 2:
+            return False
+        # On the CPU most batches are done with by few operators: each costs more than its work on so few numbers.
+        if tensor.is_cpu and (_fits(tensor, size) or _fits(tensor.masked_fill(tensor == IGNORED, 0), size)):
+            return False
+        return self._of_tokens(tensor, size)
 
     def _described(self, batch: Any, flags: list[Tensor | bool]) -> str:
         named = [(_name(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
@@ -69,12 +72,7 @@ class BatchCheck:
             tensor.nan_to_num_(0.0, 0.0, 0.0)
         return bad
 
-    def _of_tokens(self, tensor: Tensor) -> Tensor | bool:
-        size = self.vocab_size
-        assert size is not None
-        # On the CPU most batches are done with by few operators: each costs more than its work on so few numbers.
-        if tensor.is_cpu and (_fits(tensor, size) or _fits(tensor.masked_fill(tensor == IGNORED, 0), size)):
-            return False
+    def _of_tokens(self, tensor: Tensor, size: int) -> Tensor | bool:
         bad = ((tensor < 0) | (tensor >= size)) & (tensor != IGNORED)
         if self._mend:
             tensor.masked_fill_(bad, 0)
