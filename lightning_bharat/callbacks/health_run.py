@@ -186,6 +186,6 @@ def _log(norm: float) -> float:
 
 def _leaves(batch: Any) -> list[Any]:
     """Quickly where a batch is a dict of tensors, as most are."""
-    if type(batch) is dict and {type(value) for value in batch.values()} == {Tensor}:
-        return list(batch.values())
+    if type(batch) is dict and set(map(type, leaves := list(batch.values()))) == {Tensor}:
+        return leaves
     return tree_leaves(batch)

@@ -39,7 +39,6 @@ class DriftDetector:
         self._usual: list[tuple[float, float]] = []
         self._in_a_row: dict[str, int] = {}
 
-    @torch.no_grad()
     def look(self, batch: Any, leaves: Sequence[Any] | None = None) -> list[str]:
         """Take in a batch; returns what has drifted, in words, once until it is as before again.
 
@@ -49,7 +48,11 @@ class DriftDetector:
         self._batches += 1
         if self._batches % EVERY:
             return []
-        some = _part(tree_leaves(batch) if leaves is None else leaves)
+        return self._taken(tree_leaves(batch) if leaves is None else leaves)
+
+    @torch.no_grad()
+    def _taken(self, leaves: Sequence[Any]) -> list[str]:
+        some = _part(leaves)
         if some is None or (self._some and some[0].dtype != self._some[0][0].dtype):
             return []
         self._some.append(some)
