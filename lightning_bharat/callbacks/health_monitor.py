@@ -120,7 +120,7 @@ class HealthMonitor(pl.Callback):
         )
         self._passed = self._threads.progress.passed
         self._threads.start()
-        if self._replicas is not None and self.policy.wants("corruption"):
+        if self._replicas is not None and trainer.world_size > 1 and self.policy.wants("corruption"):
             try:
                 self._replicas.setup(trainer, pl_module, "fit")
             except MisconfigurationException:  # a strategy that places weights in its own way
@@ -187,9 +187,11 @@ class HealthMonitor(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._passed("the end of a batch")
-        last = self._run.last
-        due = last is not None and self._run.steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        self._record.to_logger(trainer, **({"gradient_norm": last.norm} if due and last is not None else {}))
+        every, last = trainer.log_every_n_steps, self._run.last  # type: ignore[attr-defined]
+        if every and last is not None and self._run.steps % every == 0:
+            self._record.to_logger(trainer, gradient_norm=last.norm)
+        elif self._record.counts:
+            self._record.to_logger(trainer)
         if self._compares and self._replicas is not None:
             try:
                 self._replicas.on_train_batch_end(trainer)

@@ -20,18 +20,21 @@ class Record:
 
     Args:
         folder: of the run.
+
+    Attributes:
+        counts: kinds that the Trainer's logger has not heard of yet.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._counts: deque[str] = deque()
+        self.counts: deque[str] = deque()
 
     def write(self, findings: Iterable[Finding], action: str, step: int) -> None:
         """An event and a line of the log for each; the logger gets a count with the next batch."""
         ends = action in ("restart", "leave_node")
         for finding in findings:
             _log.warning("health: %s: %s (%s)", finding.kind, finding.message, action)
-            self._counts.append(finding.kind)
+            self.counts.append(finding.kind)
             try:
                 facts = {**finding.record(), "action": action, "step": step}
                 events.append(self.folder, "failure" if ends else "health", **facts)
@@ -41,8 +44,8 @@ class Record:
     def to_logger(self, trainer: pl.Trainer, **values: float) -> None:
         """Give the Trainer's logger what has been found since the last time, and ``values``."""
         found: dict[str, float] = {}
-        while self._counts:
-            name = f"health/{self._counts.popleft()}"
+        while self.counts:
+            name = f"health/{self.counts.popleft()}"
             found[name] = found.get(name, 0) + 1
         found |= {f"health/{name}": value for name, value in values.items()}
         if found and trainer.is_global_zero:
