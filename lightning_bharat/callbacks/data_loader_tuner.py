@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_bharat import events
 from lightning_bharat.data.alike import RANDOM, why_workers_matter
 from lightning_bharat.data.loading import Search, Setting, Waited, most_workers
-from lightning_bharat.strategies import _lightning, _torch
+from lightning_bharat.strategies import _lightning_loops, _torch
 
 WINDOW = 50  # steps of a measurement, where a loader can be changed in the middle of an epoch
 WARM_UP = 3  # steps that measure what is only done once
@@ -59,7 +59,7 @@ class DataLoaderTuner(pl.Callback):
         self._batches, self._batch_bytes = 0, 0
         self._began = self._fetched = 0.0
         self._waited, self._logged = _Sums(), _Sums()
-        _lightning.around_fetch(trainer, self._fetch_begins, self._fetch_ends)
+        _lightning_loops.around_fetch(trainer, self._fetch_begins, self._fetch_ends)
         self._agreeing = _agreeing(trainer)
 
     def _fetch_begins(self) -> None:
@@ -95,7 +95,7 @@ class DataLoaderTuner(pl.Callback):
                 self._tune(trainer, loader)
                 if self._setting is not None and _setting(loader) != self._setting:
                     self._take(trainer, loader, self._setting)
-                    _lightning.begin_again(trainer, loader)
+                    _lightning_loops.begin_again(trainer, loader)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loader = _loader(trainer)
@@ -171,7 +171,7 @@ class _Sums:
 
 def _loader(trainer: pl.Trainer) -> DataLoader | None:
     """The one that training reads; ``None`` where there are several, or it is another kind."""
-    loaders = _lightning.training_loaders(trainer)
+    loaders = _lightning_loops.training_loaders(trainer)
     loader = getattr(loaders[0], "dataloader", loaders[0]) if len(loaders) == 1 else None
     return loader if isinstance(loader, DataLoader) else None
 

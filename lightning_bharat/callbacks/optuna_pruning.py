@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_bharat.callbacks import trial_kind
 from lightning_bharat.callbacks.last_word import LastWord
-from lightning_bharat.strategies._lightning import fits_in_children, validation_is_due
+from lightning_bharat.strategies._lightning import fits_in_children
+from lightning_bharat.strategies._lightning_loops import validation_is_due
 
 SHOWN = 8  # names in a message
 

@@ -26,7 +26,7 @@ from lightning_bharat.commands.why import why
 from lightning_bharat.plan.cluster import Cluster
 from lightning_bharat.plan.layout import Layout, LayoutError
 from lightning_bharat.plan.search import Choice
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning_loops, _lightning_resume
 from lightning_bharat.strategies.connection import Chosen, ConnectedStrategy
 from lightning_bharat.strategies.global_batch import Batches, saved_batches
 from lightning_bharat.strategies.options import sizes
@@ -94,7 +94,7 @@ class Wish:
                     f"--layout auto looks for data, tensor and pipeline sizes, and {name}={getattr(options, name)} is "
                     "given; leave that out, or write all sizes, as in --layout data=2,context=2"
                 )
-        before = saved_batches(_lightning.ckpt_path(trainer))
+        before = saved_batches(_lightning_resume.ckpt_path(trainer))
         rows = self.rows or (before[0].rows if before else None)
         machines = (strategy.num_nodes, strategy.num_processes, strategy.root_device.type, inventory.here())
         staged = strategy.lightning_module.automatic_optimization and options.reduce_dtype is None
@@ -127,7 +127,7 @@ def find(wish: Wish, machines: tuple[int, int, str, list[Node]], rows: int | Non
     made: list[tuple[Chosen, str]] = []
 
     def look(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        given = _batch_size(_lightning.loaders_of(trainer)[0])
+        given = _batch_size(_lightning_loops.loaders_of(trainer)[0])
         every = rows or given * nodes * ranks
         found, _ = best(trainer, module, cluster, every, accumulates=False, spread=False)
         legal = [choice for choice in found if staged or choice.layout.pipeline == 1]

@@ -33,7 +33,7 @@ from lightning_bharat.checkpoints.told import gathered
 from lightning_bharat.plan.layout import Layout
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import _lightning, metric_states
+from lightning_bharat.strategies import _lightning_resume, metric_states
 from lightning_bharat.strategies.background_saves import BackgroundSaves
 from lightning_bharat.strategies.randomness import RandomStates
 
@@ -133,7 +133,7 @@ class ShardedCheckpoints(_Base):
 
     def to_go_on(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """``checkpoint`` with what Lightning does not save. All ranks must call it."""
-        again = _lightning.in_validation(self._module().trainer)
+        again = _lightning_resume.in_validation(self._module().trainer)
         return self.random_states.with_states(checkpoint, self.layout, self.root_device, again)
 
     def facts(self, path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightning_bharat.checkpoints.opened import content_of
 from lightning_bharat.checkpoints.positions import take_position, with_positions
 from lightning_bharat.checkpoints.told import gathered
 from lightning_bharat.plan.layout import Layout
-from lightning_bharat.strategies import _deepspeed, _lightning, deepspeed_state
+from lightning_bharat.strategies import _deepspeed, _lightning_deepspeed, _lightning_loops, deepspeed_state
 from lightning_bharat.strategies.deepspeed_config import DeepSpeedConfig
 from lightning_bharat.strategies.ends_together import EndsTogether
 
@@ -65,7 +65,7 @@ class DeepSpeedStrategy(EndsTogether, LightningsStrategy):
         self.watch_errors()
 
     def setup_distributed(self) -> None:
-        _lightning.meet_by_deepspeed(self)
+        _lightning_deepspeed.meet_by_deepspeed(self)
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -85,7 +85,7 @@ class DeepSpeedStrategy(EndsTogether, LightningsStrategy):
     def _format_config(self) -> None:
         precision = self.precision_plugin.precision
         self._settings.complete(self._module().trainer, self.world_size, precision)
-        _lightning.add_precision(self._settings.values, precision, self)
+        _lightning_deepspeed.add_precision(self._settings.values, precision, self)
 
     def _init_config_if_needed(self) -> None:
         self._format_config()  # each run has a Trainer of its own
@@ -100,7 +100,7 @@ class DeepSpeedStrategy(EndsTogether, LightningsStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         if module.automatic_optimization:
-            self.deepspeed_engine.set_gradient_accumulation_boundary(not _lightning.accumulates(module.trainer))
+            self.deepspeed_engine.set_gradient_accumulation_boundary(not _lightning_loops.accumulates(module.trainer))
         return super().training_step(*args, **kwargs)
 
     @contextmanager

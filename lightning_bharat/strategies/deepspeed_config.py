@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning_deepspeed, _lightning_loops
 from lightning_bharat.strategies.arguments import refuse_unknown
 
 STAGES = (0, 1, 2, 3)
@@ -48,12 +48,12 @@ class DeepSpeedConfig:
     def __init__(
         self, stage: int | None, config: str | os.PathLike | Mapping[str, Any] | None, arguments: Mapping[str, Any]
     ) -> None:
-        refuse_unknown("DeepSpeedStrategy", arguments, _lightning.DEEPSPEED_ARGUMENTS)
+        refuse_unknown("DeepSpeedStrategy", arguments, _lightning_deepspeed.DEEPSPEED_ARGUMENTS)
         if stage is not None and (type(stage) is not int or stage not in STAGES):
             raise ConfigError(f"stage={stage!r}: write 0, 1, 2 or 3")
         asked = {**arguments, **({} if stage is None else {"stage": stage})}
         given = read(os.environ.get(FILE) if config is None else config)
-        self.values = _lightning.deepspeed_config(asked) if given is None else merge(given, asked, stage)
+        self.values = _lightning_deepspeed.deepspeed_config(asked) if given is None else merge(given, asked, stage)
         self.values.setdefault("zero_allow_untested_optimizer", True)
         _check_zero(self.values.setdefault("zero_optimization", {"stage": 0}))
         if "offload_optimizer" in self.values["zero_optimization"]:
@@ -173,8 +173,8 @@ def merge(config: dict[str, Any], arguments: Mapping[str, Any], stage: int | Non
     Raises:
         ConfigError: both say something of one key; names it and both values.
     """
-    defaults = dict(leaves(_lightning.deepspeed_config({})))
-    for path, value in leaves(_lightning.deepspeed_config(arguments)):
+    defaults = dict(leaves(_lightning_deepspeed.deepspeed_config({})))
+    for path, value in leaves(_lightning_deepspeed.deepspeed_config(arguments)):
         is_stage = path == "zero_optimization.stage"
         if (stage is None) if is_stage else (path in defaults and defaults[path] == value):
             continue
@@ -225,7 +225,7 @@ def _rows(trainer: pl.Trainer) -> int | None:
     """Rows of a batch that a rank is given to train with, where its loader says."""
     if trainer.state.fn != TrainerFn.FITTING:
         return None
-    loaders, _, keep = _lightning.loaders_of(trainer)
+    loaders, _, keep = _lightning_loops.loaders_of(trainer)
     keep()
     if not isinstance(loaders, DataLoader):
         return None

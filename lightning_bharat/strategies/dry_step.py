@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric, MetricCollection
 
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning, _lightning_loops
 
 
 class _Still:
@@ -43,7 +43,7 @@ def dry_step(trainer: pl.Trainer) -> Callable[[Any, Any], Any]:
     def step(copy: pl.LightningModule, batch: Any) -> Any:
         _lightning.attach(copy, trainer)
         _silence(copy)
-        called = getattr(copy, _lightning.step_and_source(trainer)[0])
+        called = getattr(copy, _lightning_loops.step_and_source(trainer)[0])
         parameters = inspect.signature(called).parameters
         kwargs = {"batch_idx": 0} if "batch_idx" in parameters else {}
         named = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -111,7 +111,7 @@ def first_batch(trainer: pl.Trainer) -> Any:
     """
     with ExitStack() as asked_in_vain:
         asked_in_vain.enter_context(isolate_rng())
-        loaders, of_each, keep = _lightning.loaders_of(trainer)
+        loaders, of_each, keep = _lightning_loops.loaders_of(trainer)
         if all(map(_is_indexed, tree_leaves(loaders))):
             keep()
             asked_in_vain.pop_all()

@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_bharat.cluster import heartbeat
-from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher, keep_ckpt_path
+from lightning_bharat.strategies._lightning import NOT_AN_ERROR, SubprocessLauncher
+from lightning_bharat.strategies._lightning_resume import keep_ckpt_path
 from lightning_bharat.strategies._torch import default_store
 from lightning_bharat.strategies.errors import ErrorWatch
 from lightning_bharat.strategies.progress import tell_progress

@@ -18,7 +18,7 @@ from lightning_bharat.checkpoints import plain
 from lightning_bharat.checkpoints.errors import CheckpointError
 from lightning_bharat.checkpoints.manifest import FORMAT, Manifest
 from lightning_bharat.checkpoints.stored import is_checkpoint
-from lightning_bharat.strategies import _lightning, placed
+from lightning_bharat.strategies import _lightning_loops, _lightning_resume, placed
 from lightning_bharat.strategies.loaders import LoaderError
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class KeepsBatch(_Base):
     def keep_batch(self, trainer: Any) -> None:
         """From here on training loaders are made; those of the checkpoint that the run goes on from are known."""
         planned, self.planned_batch = self.planned_batch, None
-        self._former = [planned] if planned else saved_batches(_lightning.ckpt_path(trainer))
+        self._former = [planned] if planned else saved_batches(_lightning_resume.ckpt_path(trainer))
         self._loaders = ()
-        _lightning.around_training_loaders(trainer, self._begin, self._end)
+        _lightning_loops.around_training_loaders(trainer, self._begin, self._end)
 
     def _begin(self) -> None:
         self._making = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning_loops, _lightning_resume
 from lightning_bharat.strategies.placed import end_epoch
 from lightning_bharat.strategies.randomness import RandomStates
 from lightning_bharat.strategies.unfinished import Unfinished
@@ -24,7 +24,7 @@ class GoesOn:
 
     def __init__(self, trainer: Any, random_states: RandomStates, unfinished: Unfinished, device: torch.device) -> None:
         self._run, self._random, self._unfinished, self._device = trainer, random_states, unfinished, device
-        _lightning.follow_loops(trainer, self)
+        _lightning_resume.follow_loops(trainer, self)
 
     def loaders_made(self) -> None:
         """Or kept; training loaders are iterated over."""
@@ -32,13 +32,13 @@ class GoesOn:
 
     def epoch_begins(self, batches: int) -> None:
         """Before the first batch, or the one that follows so many batches of a run before."""
-        loaders = _lightning.training_loaders(self._run)
+        loaders = _lightning_loops.training_loaders(self._run)
         self._random.epoch_goes_on(batches, any(map(_begins_late, loaders)), self._device)
         self._unfinished.epoch_goes_on(self._run, batches)
 
     def epoch_ended(self) -> None:
         """All of its batches were handed out."""
-        for loader in _lightning.training_loaders(self._run):
+        for loader in _lightning_loops.training_loaders(self._run):
             end_epoch(loader)
 
     def validation_begins(self) -> None:

@@ -28,7 +28,7 @@ from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.partition import by_cost, stages_of
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import _lightning, accumulated, already_cut
+from lightning_bharat.strategies import _lightning, _lightning_loops, _lightning_resume, accumulated, already_cut
 from lightning_bharat.strategies.arguments import known_arguments
 from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
 from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
@@ -180,9 +180,9 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module = self._module()
-        _lightning.use_no_grad(trainer)
+        _lightning_loops.use_no_grad(trainer)
         if self.world_size > 1:
-            _lightning.agree_on_stopping(trainer, partial(self.reduce_boolean_decision, all=False))
+            _lightning_loops.agree_on_stopping(trainer, partial(self.reduce_boolean_decision, all=False))
         if self._prepared is None or self._prepared.module is not module:
             self._prepared = already_cut.take(self, module)
             if self._prepared is None:
@@ -233,18 +233,18 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         accumulated.refuse(self._accumulated)
         if self._left is None:  # else Lightning keeps it
             self._unfinished.read(checkpoint, self.layout, self.global_rank)
-        _lightning.leave_finished_epoch(self._module().trainer)
-        _lightning.load_positions(self._module().trainer, begin_epoch)
+        _lightning_resume.leave_finished_epoch(self._module().trainer)
+        _lightning_resume.load_positions(self._module().trainer, begin_epoch)
         self.go_on()
 
     def to_go_on(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         module = self._module()
-        if _lightning.in_validation(module.trainer):
-            checkpoint = _lightning.before_validation(module.trainer, checkpoint)
+        if _lightning_resume.in_validation(module.trainer):
+            checkpoint = _lightning_resume.before_validation(module.trainer, checkpoint)
         checkpoint = super().to_go_on(checkpoint)
         if module.trainer.state.fn == TrainerFn.FITTING:
             checkpoint = self._unfinished.with_state(checkpoint, module.trainer, self.layout)
-        if not _lightning.in_window(module.trainer):
+        if not _lightning_loops.in_window(module.trainer):
             return checkpoint
         if refused := self._without_gradients():
             return {**checkpoint, accumulated.GRADIENTS: {"refused": refused}}
@@ -264,7 +264,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         sizes = [batches["size"] for batches in self.batches()]
         if len(sizes) != 1 or sizes[0] is None or self.batches_in_tokens():
             return None
-        return _lightning.trained_batches(self._module().trainer) * sizes[0] * self.layout.data
+        return _lightning_loops.trained_batches(self._module().trainer) * sizes[0] * self.layout.data
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)

@@ -17,7 +17,7 @@ from lightning_bharat.plan.find import find_plan, structural_plan
 from lightning_bharat.plan.layout import LayoutError
 from lightning_bharat.plan.model_plan import ModelPlan
 from lightning_bharat.plan.propose import named_styles
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning_resume
 from lightning_bharat.strategies.choose import choose_schedule
 from lightning_bharat.strategies.rank_zero import found_by_rank_zero
 from lightning_bharat.strategies.schedule import KINDS
@@ -72,7 +72,7 @@ def _found(strategy: HybridStrategy, trainer: pl.Trainer, module: pl.LightningMo
     def find(step: Step, batch: Any) -> dict[str, Any]:
         plan = find_plan(module, step, batch, strategy.layout.tensor, strategy.options.plan)
         if strategy.layout.pipeline > 1:
-            plan = replace(plan, costs=_measured(_lightning.ckpt_path(trainer), plan) or plan.costs)
+            plan = replace(plan, costs=_measured(_lightning_resume.ckpt_path(trainer), plan) or plan.costs)
         return plan.to_dict()
 
     instead = "tensor_parallel_size=1: data ranks need no plan"

@@ -21,7 +21,13 @@ from lightning_bharat.checkpoints.directory import local_path
 from lightning_bharat.checkpoints.stored import StoredTensor
 from lightning_bharat.checkpoints.weights import LikeWeights
 from lightning_bharat.plan.layout import Layout, LayoutError
-from lightning_bharat.strategies import _lightning, already_cut, metric_states
+from lightning_bharat.strategies import (
+    _lightning_logged,
+    _lightning_loops,
+    _lightning_resume,
+    already_cut,
+    metric_states,
+)
 from lightning_bharat.strategies.ends_together import GoOn
 from lightning_bharat.strategies.options import Options, sizes
 from lightning_bharat.strategies.precision import forget_module
@@ -83,7 +89,7 @@ class ChangesLayout(_Base):
         """Look after each batch whether to change."""
         trainer = self._current_trainer()
         self._steps, self._wanted = trainer.global_step, None  # a run before may have ended with a wish
-        _lightning.after_each_batch(trainer, self._batch_ended)
+        _lightning_loops.after_each_batch(trainer, self._batch_ended)
 
     def _batch_ended(self) -> None:
         trainer = self._current_trainer()
@@ -97,7 +103,7 @@ class ChangesLayout(_Base):
         path = local_path(trainer.default_root_dir) / f"relayout-step={trainer.global_step}.ckpt"
         form, self.save_distributed_checkpoint = self.save_distributed_checkpoint, True
         self._left = _Left(self.broadcast(path), layout, form, metric_states.save_all(trainer.lightning_module))
-        _lightning.share_logged(trainer, self.layout.data, layout.data)
+        _lightning_logged.share_logged(trainer, self.layout.data, layout.data)
         trainer.save_checkpoint(path)
         raise GoOn(str(self._left.path), self._undo)
 
@@ -113,7 +119,7 @@ class ChangesLayout(_Base):
         left, trainer, prepared = self._left, self._current_trainer(), self._prepared
         assert left is not None and prepared is not None
         self.save_distributed_checkpoint = left.form
-        left.run = _lightning.LeftRun(trainer)
+        left.run = _lightning_resume.LeftRun(trainer)
         self.optimizers, self.lr_scheduler_configs = [], []
         if self._pipeline is not None:
             self._pipeline.pipeline.metrics.release()
@@ -187,7 +193,7 @@ class _Left:
         metrics_as_before: lets checkpoints have the states of metrics that they had.
     """
 
-    run: _lightning.LeftRun | None = None
+    run: _lightning_resume.LeftRun | None = None
 
     def __init__(self, path: Path, layout: Layout, form: bool, metrics_as_before: Callable[[], None]) -> None:
         self.path, self.layout, self.form = path, layout, form

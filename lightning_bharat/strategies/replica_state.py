@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bharat.checkpoints.document import as_plain
-from lightning_bharat.strategies import _lightning
+from lightning_bharat.strategies import _lightning_loops
 from lightning_bharat.strategies.placed import go_to
 
 
@@ -59,9 +59,9 @@ class ReplicaState:
         self._loop.epoch_loop.on_load_checkpoint(state["stepped"])
         if moved:
             self._loop.epoch_loop.restarting = False
-            for loader in _lightning.training_loaders(self._run):
+            for loader in _lightning_loops.training_loaders(self._run):
                 go_to(loader, self._loop.epoch_progress.current.processed, self.batches)
-            _lightning.iterate_anew(self._run)
+            _lightning_loops.iterate_anew(self._run)
 
     @property
     def _loop(self) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bharat import events
-from lightning_bharat.strategies import _lightning, _torchft
+from lightning_bharat.strategies import _lightning_loops, _torchft
 from lightning_bharat.strategies.replica_groups import ReplicaError, ReplicaGroups
 from lightning_bharat.strategies.replica_refusals import check_arguments, refuse, refuse_loaders, refuse_optimizers
 from lightning_bharat.strategies.replica_state import ReplicaState
@@ -88,7 +88,7 @@ class TorchFTStrategy(ParallelStrategy):
             self._state = ReplicaState(trainer, self.optimizers, self.lr_scheduler_configs)
             self._open = self._lost = False
             self._size = 0
-            _lightning.before_each_batch(trainer, self._begin)
+            _lightning_loops.before_each_batch(trainer, self._begin)
 
     def model_to_device(self) -> None:
         self._module().to(self.root_device)
@@ -99,7 +99,7 @@ class TorchFTStrategy(ParallelStrategy):
         """Meet the others before the first batch of a step."""
         trainer = self._module().trainer
         if self.groups is None:
-            refuse_loaders(_lightning.training_loaders(trainer))
+            refuse_loaders(_lightning_loops.training_loaders(trainer))
             self.groups = ReplicaGroups(self.replica, self.lighthouse, self.timeout, self._state.give, self._heal)
         now = self._state.batches
         # A loop that goes on from a checkpoint comes here twice.
@@ -124,7 +124,7 @@ class TorchFTStrategy(ParallelStrategy):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-        if not _lightning.accumulates(module.trainer):
+        if not _lightning_loops.accumulates(module.trainer):
             assert self.groups is not None
             self.groups.average([p for p in module.parameters() if p.requires_grad])
             self._averaged = True

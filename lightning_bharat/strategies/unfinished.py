@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from lightning_bharat.checkpoints.told import Told
 from lightning_bharat.plan.layout import Layout
-from lightning_bharat.strategies import _lightning, _torchmetrics
+from lightning_bharat.strategies import _lightning_logged, _lightning_resume, _torchmetrics
 
 KEY = "lightning_bharat_unfinished"
 
@@ -30,10 +30,10 @@ class Unfinished:
 
     def with_state(self, checkpoint: dict[str, Any], trainer: Any, layout: Layout) -> dict[str, Any]:
         """Lightning's dict with what all ranks have."""
-        begun = self._before_validation if _lightning.in_validation(trainer) else None
+        begun = self._before_validation if _lightning_resume.in_validation(trainer) else None
         own = {
-            "logged": _lightning.logged(trainer),
-            "last": _lightning.last_values(trainer),
+            "logged": _lightning_logged.logged(trainer),
+            "last": _lightning_logged.last_values(trainer),
             "metrics": _states(trainer.lightning_module) if begun is None else begun,
         }
         return {**checkpoint, KEY: Told(own, lambda of_ranks: {"layout": asdict(layout), "of_ranks": of_ranks})}
@@ -48,19 +48,19 @@ class Unfinished:
             return
         before, of_ranks = Layout(**saved["layout"]), saved["of_ranks"]
         of_data = [of_ranks[before.rank(data=i)] for i in range(before.data)]
-        logged = _lightning.shared_out([own["logged"] for own in of_data], layout.data)
+        logged = _lightning_logged.shared_out([own["logged"] for own in of_data], layout.data)
         self._saved = {"logged": logged, "last": of_data[0]["last"], "metrics": {}}
 
     def run_starts(self, trainer: Any) -> None:
         """Lightning has cleared what it had."""
         if self._saved is not None:
-            _lightning.put_last_values(trainer, self._saved["last"])
-            _lightning.end_epoch(trainer)
+            _lightning_logged.put_last_values(trainer, self._saved["last"])
+            _lightning_resume.end_epoch(trainer)
 
     def epoch_goes_on(self, trainer: Any, batches: int) -> None:
         """The next batch follows ``batches`` of this epoch."""
         if self._saved is not None and batches > 0:
-            _lightning.put_logged(trainer, self._saved["logged"])
+            _lightning_logged.put_logged(trainer, self._saved["logged"])
             parts = dict(trainer.lightning_module.named_modules())
             for name, (states, updates) in self._saved["metrics"].items():
                 _torchmetrics.take_up(parts[name], states, updates)

@@ -1,4 +1,4 @@
-"""Private names of Lightning, torch, torchmetrics, DeepSpeed and torchft: they stand in six files, or in a short list,
+"""Private names of Lightning, torch, torchmetrics, DeepSpeed and torchft: they stand in some files, or in a short list,
 and mean what is relied on.
 
 When a test here fails after an upgrade, its words say which name moved or changed and what the package asks of it.
@@ -50,13 +50,14 @@ from torchmetrics import CatMetric
 from torchmetrics.utilities.data import dim_zero_cat
 
 import lightning_bharat
-from lightning_bharat.strategies import _lightning, _model_checkpoint
+from lightning_bharat.strategies import _lightning_deepspeed, _model_checkpoint
 from lightning_bharat.strategies._torch import flight_record
 from tests.ranks import run_ranks
 
 PACKAGE = Path(lightning_bharat.__file__).parent
-OF_OTHERS = ("_lightning", "_model_checkpoint", "_torch", "_torchmetrics", "_deepspeed", "_torchft")
-THE_SIX = tuple(f"strategies/{name}.py" for name in OF_OTHERS)
+_LIGHTNINGS = ("_lightning", *(f"_lightning_{part}" for part in ("deepspeed", "logged", "loops", "resume")))
+_FILES = (*_LIGHTNINGS, "_model_checkpoint", "_torch", "_torchmetrics", "_deepspeed", "_torchft")
+OF_OTHERS = tuple(f"strategies/{name}.py" for name in _FILES)
 
 # Its names are checked in tests/tuning/test_samplers.py.
 OPTUNAS = "tuning/_optuna.py"
@@ -106,7 +107,7 @@ INHERITED |= {"_save_topk_checkpoint", "_save_last_checkpoint", "_save_checkpoin
 INHERITED |= {"_link_checkpoint", "_find_last_checkpoints", "_last_global_step_saved", "_last_checkpoint_saved"}
 INHERITED |= {"_every_n_epochs", "_every_n_train_steps", "_train_time_interval", "_should_remove_checkpoint"}
 
-# Attributes that the six files give to objects of torch's.
+# Attributes that these files give to objects of torch's.
 OURS = {"_agrees"}
 
 
@@ -203,13 +204,13 @@ def use(x, own):
     assert found == {"_shard", "_inductor", "_thing", "_hidden", "_named", "_deep", "_deeper", "_inherited"}
 
 
-def test_private_names_stand_in_six_files_or_in_the_list() -> None:
+def test_private_names_stand_in_some_files_or_in_the_list() -> None:
     trees = files()
     own = own_names(trees)
     allowed = set(EVERYWHERE) | INHERITED
-    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in (*THE_SIX, OPTUNAS)}
+    found = {name: foreign(tree, own) - allowed for name, tree in trees.items() if name not in (*OF_OTHERS, OPTUNAS)}
     found = {name: private for name, private in found.items() if private}
-    assert not found, f"private names of other packages; give them a function in {' or '.join(THE_SIX)}: {found}"
+    assert not found, f"private names of other packages; give them a function in {' or '.join(OF_OTHERS)}: {found}"
 
 
 def test_nothing_in_the_list_is_left_over() -> None:
@@ -250,10 +251,10 @@ def test_no_class_takes_a_private_name_that_a_class_it_extends_has() -> None:
     assert seen == INHERITED, "not taken any more, or not found any more"
 
 
-def test_every_private_name_of_the_six_files_is_checked_below() -> None:
+def test_every_private_name_of_these_files_is_checked_below() -> None:
     trees = files()
     own = own_names(trees)
-    found = {name for file in THE_SIX for name in foreign(trees[file], own)} - OURS
+    found = {name for file in OF_OTHERS for name in foreign(trees[file], own)} - OURS
     assert found - set(CHECKS) == set(), "write a check: that it exists, and means what is relied on"
     assert set(CHECKS) - found == set(), "nothing uses it any more: take out its check"
 
@@ -375,9 +376,9 @@ def loops_know_whether_a_step_follows() -> None:
 def deepspeed_s_config_is_made_of_arguments() -> None:
     """Lightning's DeepSpeedStrategy makes its config of arguments without looking at itself, adds a type, and meets."""
     kind = strategies.DeepSpeedStrategy
-    made = _lightning.deepspeed_config({"stage": 3, "offload_optimizer": True})
+    made = _lightning_deepspeed.deepspeed_config({"stage": 3, "offload_optimizer": True})
     assert made["zero_optimization"]["stage"] == 3 and made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    _lightning.add_precision(made, "bf16-mixed", kind())
+    _lightning_deepspeed.add_precision(made, "bf16-mixed", kind())
     assert made["bf16"] == {"enabled": True}
     assert "deepspeed.init_distributed(" in inspect.getsource(kind._init_deepspeed_distributed)
     for name in ("_init_config_if_needed", "_initialize_deepspeed_inference"):  # what the child's own is called by
@@ -811,4 +812,4 @@ def test_it_exists_and_means_what_is_relied_on(check: Callable[[], None]) -> Non
     try:
         check()
     except Exception as error:
-        raise AssertionError(f"{names}: no longer what the six files ask: {check.__doc__}") from error
+        raise AssertionError(f"{names}: no longer what these files ask: {check.__doc__}") from error
