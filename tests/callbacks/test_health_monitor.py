@@ -286,6 +286,7 @@ def _by_lightning(strategy: str) -> list[Any]:
         precision="64-true",
         max_steps=6,
         gradient_clip_val=0.5,
+        log_every_n_steps=0,
         callbacks=[weights, HealthMonitor(recompute_every_n_steps=2)],
         default_root_dir=Path("run"),
         logger=False,
