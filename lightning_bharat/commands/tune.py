@@ -21,6 +21,7 @@ Example:
     bharat tune --config config.yaml --space space.yaml --n_trials 20 --data.batch_size 4
     bharat tune --config config.yaml --space space.yaml --sampler gp --pruner asha --workers 2
     bharat tune --config config.yaml --space space.yaml --points points.csv --transfer runs/earlier
+    bharat tune --config config.yaml --space space.yaml --population.size 4 --population.interval 2 --workers 4
 """
 
 
