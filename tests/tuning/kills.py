@@ -49,6 +49,7 @@ class Point:
     after: bool = False
     of_rank: bool = False
     after_rank: str = ""  # a rank is killed before, at its first call of this point
+    calls: int = len(RATES)  # that there are for certain: one for each trial
 
 
 POINTS = {
@@ -62,8 +63,8 @@ POINTS = {
     "holding the journal's lock": Point(journal.JournalLock, "acquire", after=True),
     "record half written": Point(journal.Journal, "_write"),
     "failed, successor not there": Point(optuna.Study, "add_trial", after_rank="rank in a step"),
-    "rank in a checkpoint": Point(pl.Trainer, "save_checkpoint", of_rank=True),
-    "rank behind a checkpoint": Point(pl.Trainer, "save_checkpoint", after=True, of_rank=True),
+    "rank in a checkpoint": Point(pl.Trainer, "save_checkpoint", of_rank=True, calls=2),
+    "rank behind a checkpoint": Point(pl.Trainer, "save_checkpoint", after=True, of_rank=True, calls=2),
     "rank in a step": Point(tuned.Tuned, "training_step", of_rank=True),
     "rank before its answer": Point(trial_run, "_values", after=True, of_rank=True),
 }
@@ -215,7 +216,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     kills = parser.parse_args().kills
     often = [name for name in POINTS if name not in ONCE]
-    plan = [(name, 1) for name in ONCE] + [(often[i % len(often)], 1 + i // len(often)) for i in range(kills)]
+    rounds = [(often[i % len(often)], i // len(often)) for i in range(kills)]
+    plan = [(name, 1) for name in ONCE] + [(name, 1 + number % POINTS[name].calls) for name, number in rounds]
     bad = 0
     for number, (point, at) in enumerate(plan[:kills]):
         began = time.monotonic()
