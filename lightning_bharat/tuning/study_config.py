@@ -88,11 +88,7 @@ class StudyConfig:
         self.words, self.name = cli.words, cli.project_name
         self.text = cli.parser.dump(options, skip_unset=False, skip_validation=True)
         self._options = options.trainer
-        if (self._options.get("num_nodes") or 1) != 1:
-            raise BadInput(
-                f"--trainer.num_nodes={self._options.num_nodes}: a trial runs on one host; start the same command on "
-                "each host, and they share the study's trials"
-            )
+        _check_where(self._options)
 
     @property
     def seed(self) -> int:
@@ -153,3 +149,18 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         keys = [name for name in {**old, **new} if f"{key}{name}" not in _FREE]
         return [line for name in keys for line in _differences(old.get(name), new.get(name), f"{key}{name}.")]
     return [] if old == new else [f"{key[:-1]} was {old!r}, and is {new!r}"]
+
+
+def _check_where(trainer: Namespace) -> None:
+    if (trainer.get("num_nodes") or 1) != 1:
+        raise BadInput(
+            f"--trainer.num_nodes={trainer.num_nodes}: a trial runs on one host; start the same command on each host, "
+            "and they share the study's trials"
+        )
+    strategy = trainer.get("strategy")
+    method = strategy if isinstance(strategy, str) else strategy and strategy.get("init_args.start_method")
+    if any(word in str(method) for word in ("fork", "spawn", "notebook")):
+        raise BadInput(
+            f"--trainer.strategy={method}: the study starts the ranks of a trial, and this would start more from each "
+            "of them; write --trainer.strategy=ddp"
+        )

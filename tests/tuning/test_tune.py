@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,10 @@ def test_bad_input_is_refused_before_anything_runs(here: Path) -> None:
         tune(path, SPACE, n_trials=2, args=["--trainer.max_epochs=9"])
     with pytest.raises(BadInput, match="a trial runs on one host"):
         tune(path, SPACE, n_trials=2, args=["--trainer.num_nodes=2"])
+    forking = {"class_path": "DDPStrategy", "init_args": {"start_method": "fork"}}
+    for strategy in ("ddp_spawn", json.dumps(forking)):
+        with pytest.raises(BadInput, match=r"would start more from each of them; write --trainer\.strategy=ddp"):
+            tune(path, SPACE, n_trials=2, args=[f"--trainer.strategy={strategy}"])
     with pytest.raises(BadInput, match="a config needs a space"):
         tune(path, n_trials=1)
     with pytest.raises(BadInput, match="leave space out"):
