@@ -20,6 +20,7 @@ class RankOutcome:
         traceback: that exception's traceback as text.
         exit_code: of its process; negative: the signal that ended it; ``None``: it never ended by itself.
         timed_out: whether it was killed because time was up.
+        lost: why nothing is known of its end: what is gone that would have told it.
         stacks: the stacks of all its threads when time was up.
         output: what it wrote to stdout and stderr, in order, at its end the traceback.
         seconds: from the start of the job to its end.
@@ -32,6 +33,7 @@ class RankOutcome:
     traceback: str = ""
     exit_code: int | None = None
     timed_out: bool = False
+    lost: str = ""
     stacks: str = ""
     output: str = ""
     seconds: float = 0.0
@@ -43,6 +45,8 @@ class RankOutcome:
 
     def summary(self) -> str:
         """One line: how it ended."""
+        if self.lost:
+            return f"rank {self.rank}: {self.lost}"
         if self.timed_out:
             return f"rank {self.rank}: still running after {self.seconds:.1f} s, killed"
         if self.error is not None:

@@ -24,6 +24,7 @@ from lightning_bharat.cluster.outcome import RanksFailed
 from lightning_bharat.cluster.warm_job import Answer, WarmJob
 
 PRELOAD = ("torch", "lightning.pytorch", "lightning_bharat.cluster.rank_main")
+Call = tuple[str, bytes]  # the function's name, and it with its arguments, pickled
 
 
 class WarmServer:
@@ -78,15 +79,19 @@ class WarmServer:
         Raises:
             TypeError: ``function`` or an argument can't be pickled.
         """
-        try:
-            call = pickle.dumps((function, args, {}))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
-                f"a warm rank imports what it calls, and this can't be sent to it: {error}; define the function and "
-                "its arguments' classes at the top level of a module"
-            ) from error
-        name = getattr(function, "__qualname__", str(function))
-        return WarmJob(self.fork, name, call, ranks, env or {}, answer, outputs, grace)
+        return self.start_call(call_of(function, *args), ranks, env or {}, answer, outputs, grace)
+
+    def start_call(
+        self,
+        call: Call,
+        ranks: int,
+        env: Mapping[str, str],
+        answer: Answer | None,
+        outputs: Path | None,
+        grace: float = 5,
+    ) -> WarmJob:
+        """As :meth:`start`, of a call that this process need not be able to import."""
+        return WarmJob(self.fork, *call, ranks, env, answer, outputs, grace)
 
     def run(
         self,
@@ -111,6 +116,22 @@ class WarmServer:
         if not all(outcome.ok for outcome in outcomes):
             raise RanksFailed(job.name, outcomes)
         return [outcome.value for outcome in outcomes]
+
+
+def call_of(function: Callable, *args: Any) -> Call:
+    """A call as ranks are sent it.
+
+    Raises:
+        TypeError: ``function`` or an argument can't be pickled.
+    """
+    try:
+        call = pickle.dumps((function, args, {}))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"a warm rank imports what it calls, and this can't be sent to it: {error}; define the function and "
+            "its arguments' classes at the top level of a module"
+        ) from error
+    return getattr(function, "__qualname__", str(function)), call
 
 
 @contextmanager

@@ -116,6 +116,13 @@ class WarmJob:
             self._end()
         return self._outcomes
 
+    def reply(self, answers: Iterable[tuple[int, Any]]) -> None:
+        """Send answers to ranks that wait for one."""
+        channels = {rank: channel for channel, rank in self._channels.items()}
+        for asker, answer in answers:
+            with suppress(OSError):  # it has died meanwhile
+                channels[asker].send_bytes(pickle.dumps(answer))
+
     def _read(self, channel: Connection, rank: int) -> None:
         outcome = self._outcomes[rank]
         try:
@@ -124,19 +131,13 @@ class WarmJob:
             del self._answers[channel]
             return
         if kind == "ask":
-            self._reply(rank, content)
+            self.reply(self._answer(rank, content) if self._answer else ())
             return
         del self._answers[channel]
         if kind == "value":
             outcome.value = content
         else:
             outcome.error, outcome.message, outcome.traceback = content
-
-    def _reply(self, rank: int, question: Any) -> None:
-        channels = {rank: channel for channel, rank in self._channels.items()}
-        for asker, answer in self._answer(rank, question) if self._answer else ():
-            with suppress(OSError):  # it has died meanwhile
-                channels[asker].send_bytes(pickle.dumps(answer))
 
     def _ended(self, rank: int) -> None:
         self._processes[rank].join()

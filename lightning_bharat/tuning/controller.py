@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bharat.tuning._optuna import storage_of, trial_id
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.desk import TrialDesk
-from lightning_bharat.tuning.engine import Engine, Job, host
+from lightning_bharat.tuning.engine import Engine, Job
 from lightning_bharat.tuning.interrupts import Interrupts
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import set_constraints
@@ -46,13 +46,15 @@ class Running:
     Attributes:
         trial: Optuna's.
         job: its ranks.
-        slot: where they run.
+        slot: what they have.
+        where: they run, as far as it was known at the start.
         began: seconds of the monotonic clock.
     """
 
     trial: Trial
     job: Job
     slot: Slot
+    where: Mapping[str, Any]
     began: float = field(default_factory=time.monotonic)
 
 
@@ -139,11 +141,11 @@ class Controller:
         )
         folder.mkdir(parents=True, exist_ok=True)
         job = self._engine.start(orders, slot, TrialDesk(trial, partial(self._resumed, trial)).hear)
-        where = {"host": host(), "cores": slot.cores, "devices": slot.devices, "ranks": job.ranks}
+        where = self._engine.where(job, slot)
         config = f"{folder.relative_to(self._work.folder)}/{CONFIG}" if self._work.config else None
         for key, value in {"where": where, "seed": self._work.seed, "code": self._code, "config": config}.items():
             trial.set_user_attr(key, value)
-        self._running.append(Running(trial, job, slot))
+        self._running.append(Running(trial, job, slot, where))
 
     def _go_on(self, trial: Trial) -> str | None:
         """The checkpoint from which a retried trial goes on."""
@@ -175,6 +177,8 @@ class Controller:
         self._free.insert(0, running.slot)
         trial = running.trial
         record = {**how.record, "seconds": time.monotonic() - running.began}
+        if (where := self._engine.where(running.job, running.slot)) != running.where:
+            record["where"] = where
         try:
             how = self._limited(trial, how, record)
             self._book(trial, how, record)

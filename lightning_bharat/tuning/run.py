@@ -17,7 +17,7 @@ from lightning_bharat.tuning.after_earlier import Transfer, earlier_studies, sam
 from lightning_bharat.tuning.best import Best
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.controller import Controller
-from lightning_bharat.tuning.engine import WarmEngine
+from lightning_bharat.tuning.engines import make_engine
 from lightning_bharat.tuning.for_population import agree, members_for
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import Limit
@@ -27,7 +27,6 @@ from lightning_bharat.tuning.proposals import Proposals
 from lightning_bharat.tuning.pruners import make_pruner
 from lightning_bharat.tuning.retry import MAX_RETRIES
 from lightning_bharat.tuning.samplers import make_sampler
-from lightning_bharat.tuning.slots import cuda_devices, slots
 from lightning_bharat.tuning.space import SearchSpace
 from lightning_bharat.tuning.stopping import make_rules
 from lightning_bharat.tuning.storage import open_storage
@@ -54,6 +53,7 @@ def tune(
     limits: Sequence[Limit] = (),
     workers: int = 1,
     ranks: int = 1,
+    engine: str | Mapping[str, Any] = "warm",
     seed: int | None = None,
     study_name: str | None = None,
     folder: str | Path | None = None,
@@ -87,6 +87,7 @@ def tune(
             constraints that are known after it.
         workers: trials at a time on this host, each with its own share of cores and devices.
         ranks: processes that call an objective together; a config has its ``trainer.devices``.
+        engine: what starts them: see :func:`~lightning_bharat.tuning.engines.make_engine`.
         seed: of the sampler, and of trials whose config has no ``seed_everything``.
         study_name: by default the config's file name, or the objective's.
         folder: of the study.
@@ -131,6 +132,13 @@ def tune(
     first = (
         [] if points is None else checked_points(points, searched, [StudyDirection[one.upper()] for one in directions])
     )
+    starts = make_engine(
+        engine,
+        target if callable(target) else None,
+        lambda orders, slot: config.ranks(orders.params, len(slot.devices)) if config else ranks,
+        on_cpu=config is not None and config.on_cpu,
+        say=say,
+    )
     study = optuna.create_study(
         study_name=name,
         storage=kept,
@@ -150,14 +158,10 @@ def tune(
         limits=limits,
         max_retries=max_retries,
     )
-    places = slots(workers, [] if config and config.on_cpu else cuda_devices())
-    engine = WarmEngine(
-        target if callable(target) else None,
-        lambda orders, slot: config.ranks(orders.params, len(slot.devices)) if config else ranks,
-    )
-    engine.warm_up()
+    places = starts.slots(workers)
+    starts.warm_up()
     budget, best = Budget(n_trials, make_rules(stop)), Best(study, work, say)
-    Controller(study, engine, places, work, proposals, budget, Leases(study), best.trial_ended).run()
+    Controller(study, starts, places, work, proposals, budget, Leases(study), best.trial_ended).run()
     best.study_ended(budget.reason)
     if members is not None:
         say(in_words(study, home))
