@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from optuna import Study
 
 from lightning_bharat.commands.project import BadInput
 from lightning_bharat.tuning.members import Members
@@ -15,8 +12,6 @@ from lightning_bharat.tuning.options import nearest
 from lightning_bharat.tuning.population import Population
 from lightning_bharat.tuning.space import SearchSpace
 from lightning_bharat.tuning.study_config import StudyConfig
-
-POPULATION = "population"  # in the study: how its population is trained
 
 
 def members_for(
@@ -54,25 +49,6 @@ def members_for(
             f"{population.interval} are {most} trials; leave n_trials out, or train longer"
         )
     return Members(population, space, folder, length, seed), n_trials or most
-
-
-def agree(study: Study, population: Population | None) -> None:
-    """Note in a new study how its population is trained, and see that one that goes on is trained alike.
-
-    Raises:
-        BadInput: the study was made with another population, or without one.
-    """
-    now = None
-    if population is not None:  # as it comes back from a storage
-        now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(population).items()}
-    before = study.user_attrs.get(POPULATION)
-    if before is None and now is not None and not study.get_trials(deepcopy=False):
-        study.set_user_attr(POPULATION, now)
-    elif before != now:
-        raise BadInput(
-            f"the study {study.study_name!r} has population={before}, and this call population={now}: write the same "
-            "to go on with it, or another --study_name to begin a new one"
-        )
 
 
 def _check_others(others: Mapping[str, Any]) -> None:

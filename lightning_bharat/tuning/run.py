@@ -18,7 +18,7 @@ from lightning_bharat.tuning.best import Best
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.controller import Controller
 from lightning_bharat.tuning.engines import make_engine
-from lightning_bharat.tuning.for_population import agree, members_for
+from lightning_bharat.tuning.for_population import members_for
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import Limit
 from lightning_bharat.tuning.lineage import in_words
@@ -26,6 +26,7 @@ from lightning_bharat.tuning.population import Population
 from lightning_bharat.tuning.proposals import Proposals
 from lightning_bharat.tuning.pruners import make_pruner
 from lightning_bharat.tuning.retry import MAX_RETRIES
+from lightning_bharat.tuning.same_study import agree
 from lightning_bharat.tuning.samplers import make_sampler
 from lightning_bharat.tuning.space import SearchSpace
 from lightning_bharat.tuning.stopping import make_rules
@@ -147,7 +148,7 @@ def tune(
         directions=directions,
         load_if_exists=True,
     )
-    agree(study, members)
+    agree(study, directions, monitors if config else [], members)
     enqueue(study, first)
     work = Work(
         home,

@@ -19,7 +19,6 @@ from lightning_bharat.cli import main
 from lightning_bharat.commands.project import BadInput
 from lightning_bharat.tuning import SearchSpace, When, tune
 from lightning_bharat.tuning.explore import explore
-from lightning_bharat.tuning.for_population import agree
 from lightning_bharat.tuning.generation import Generation, GenerationEnd, NotCopied, Unit
 from lightning_bharat.tuning.lineage import lineage
 from lightning_bharat.tuning.members import Members
@@ -264,12 +263,3 @@ def test_what_does_not_go_with_a_population_is_refused(here: Path) -> None:
         with pytest.raises(BadInput, match=says):
             tune(config, SPACE, population={"size": 4, "interval": 1, **more}, **options)
     assert not Path("runs").exists()
-
-
-def test_another_population_in_the_same_study_is_refused() -> None:
-    study, how = optuna.create_study(), Population(4, 1, factors=[0.5, 2])
-    agree(study, how)
-    agree(study, Population(4, 1, factors=(0.5, 2)))
-    for other in (None, Population(4, 2, factors=[0.5, 2])):
-        with pytest.raises(BadInput, match="write the same to go on with it"):
-            agree(study, other)
