@@ -20,6 +20,7 @@ from lightning_bharat.tuning._optuna import storage_of, trial_id
 from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.desk import TrialDesk
 from lightning_bharat.tuning.engine import Engine, Job
+from lightning_bharat.tuning.idle_cores import cores_of
 from lightning_bharat.tuning.interrupts import Interrupts
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import set_constraints
@@ -137,10 +138,12 @@ class Controller:
             monitors=self._work.monitors,
             ckpt_path=self._go_on(trial),
             prune=self._work.prune,
+            idle_cores=self._work.idle_cores,
             generation=self._proposals.generation(trial),
         )
         folder.mkdir(parents=True, exist_ok=True)
-        job = self._engine.start(orders, slot, TrialDesk(trial, partial(self._resumed, trial)).hear)
+        desk = TrialDesk(trial, partial(self._resumed, trial), partial(self._cores, trial, slot))
+        job = self._engine.start(orders, slot, desk.hear)
         where = self._engine.where(job, slot)
         config = f"{folder.relative_to(self._work.folder)}/{CONFIG}" if self._work.config else None
         for key, value in {"where": where, "seed": self._work.seed, "code": self._code, "config": config}.items():
@@ -159,6 +162,9 @@ class Controller:
         if number is not None:
             old = next(one for one in self._study.get_trials(deepcopy=False) if one.number == number)
             copy_reports(old, trial, reports - 1)
+
+    def _cores(self, trial: Trial, slot: Slot) -> tuple[int, ...]:
+        return cores_of(trial, slot, self._free, [running.trial.number for running in self._running])
 
     def _look(self) -> None:
         """Wait until a trial has something to say; end those that are over."""

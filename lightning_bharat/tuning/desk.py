@@ -23,10 +23,16 @@ class TrialDesk:
     Args:
         trial: Optuna's, of the controller's study.
         resumed: called when the ranks go on from a checkpoint, with the number of reports before it.
+        cores: called for the cores that the trial is to have.
     """
 
-    def __init__(self, trial: Trial, resumed: Callable[[int], None] = lambda reports: None) -> None:
-        self._trial, self._resumed = trial, resumed
+    def __init__(
+        self,
+        trial: Trial,
+        resumed: Callable[[int], None] = lambda reports: None,
+        cores: Callable[[], tuple[int, ...]] = tuple,
+    ) -> None:
+        self._trial, self._resumed, self._cores = trial, resumed, cores
         self._asked: list[tuple[Question, Reply]] = []  # by rank 0, what others may ask too
         self._next: dict[int, int] = {}  # of other ranks: how many of them they have been given
         self._waiting: dict[int, Question] = {}
@@ -72,6 +78,8 @@ class TrialDesk:
                 return suggest(self._trial, *args)
             case "should_prune":
                 return self._trial.should_prune()
+            case "cores":
+                return self._cores()
             case "report":
                 self._trial.report(*args)
             case "note_resumed":

@@ -72,6 +72,10 @@ class RemoteTrial(BaseTrial):
         """Whether the controller's pruner ends this trial, by what was reported; the same on all ranks."""
         return _answer("should_prune")
 
+    def cores(self) -> tuple[int, ...]:
+        """Those that this trial is to run on from now; the same on all ranks. Empty: any."""
+        return _answer("cores")
+
     def note_resumed(self, reports: int) -> None:
         """This trial goes on from a checkpoint of the one that it retries, which had made so many reports by then."""
         self._tell("note_resumed", reports)

@@ -19,6 +19,7 @@ from lightning_bharat.tuning.budget import Budget
 from lightning_bharat.tuning.controller import Controller
 from lightning_bharat.tuning.engines import make_engine
 from lightning_bharat.tuning.for_population import members_for
+from lightning_bharat.tuning.idle_cores import check as idle_cores_check
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.limits import Limit
 from lightning_bharat.tuning.lineage import in_words
@@ -55,6 +56,7 @@ def tune(
     workers: int = 1,
     ranks: int = 1,
     engine: str | Mapping[str, Any] = "warm",
+    idle_cores: bool = False,
     seed: int | None = None,
     study_name: str | None = None,
     folder: str | Path | None = None,
@@ -89,6 +91,8 @@ def tune(
         workers: trials at a time on this host, each with its own share of cores and devices.
         ranks: processes that call an objective together; a config has its ``trainer.devices``.
         engine: what starts them: see :func:`~lightning_bharat.tuning.engines.make_engine`.
+        idle_cores: give the cores of workers that have nothing to do to the most promising trial that runs, from its
+            next validation on; with other numbers of threads values differ by rounding.
         seed: of the sampler, and of trials whose config has no ``seed_everything``.
         study_name: by default the config's file name, or the objective's.
         folder: of the study.
@@ -128,6 +132,8 @@ def tune(
         proposals, n_trials = members_for(members, config, searched, home, seed or 0, n_trials, others)
         if points is not None or transfer is not None:
             raise BadInput("population: its members begin where its sampler says; leave points and transfer out")
+    if idle_cores:
+        idle_cores_check(config is not None, monitors, engine if isinstance(engine, str) else str(engine.get("name")))
     kept = open_storage(storage or home)
     earlier = [] if transfer is None else earlier_studies(transfer, name, kept, directions, searched)
     first = (
@@ -158,6 +164,7 @@ def tune(
         prune=len(monitors) == 1,
         limits=limits,
         max_retries=max_retries,
+        idle_cores=idle_cores,
     )
     places = starts.slots(workers)
     starts.warm_up()

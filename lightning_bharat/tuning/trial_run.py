@@ -22,6 +22,7 @@ from lightning_bharat.commands.project import ProjectCLI
 from lightning_bharat.tuning import current, fit_parser
 from lightning_bharat.tuning.generation import Generation, GenerationEnd
 from lightning_bharat.tuning.grouping import group_loggers
+from lightning_bharat.tuning.idle_cores import IdleCores
 from lightning_bharat.tuning.record import TrialRecorder
 from lightning_bharat.tuning.remote_trial import RemoteTrial
 
@@ -43,6 +44,7 @@ class Orders:
         monitors: metrics that are the trial's values.
         ckpt_path: of the trial that this one retries, where the fit goes on.
         prune: whether the first monitored metric is reported while the fit runs.
+        idle_cores: whether the trial asks for the cores of idle workers.
         generation: of a population's member, at whose end the fit ends; ``None``: it is a whole one.
     """
 
@@ -56,6 +58,7 @@ class Orders:
     monitors: Sequence[str] = ()
     ckpt_path: str | None = None
     prune: bool = True
+    idle_cores: bool = False
     generation: Generation | None = None
 
     @property
@@ -154,6 +157,8 @@ class TrialCLI(ProjectCLI):
     def _settle(self, trainer: pl.Trainer) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, self.recorder)
+        if self._orders.idle_cores:
+            callbacks.append(IdleCores())
         if self._end is not None:
             self._end.join(callbacks)
         if self._orders.prune and not any(isinstance(callback, OptunaPruning) for callback in callbacks):

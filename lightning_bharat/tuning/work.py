@@ -22,6 +22,7 @@ class Work:
         prune: whether they are reported while a trial runs.
         limits: on what trials measure; they become constraints.
         max_retries: how often a trial that the machine ended is started again.
+        idle_cores: whether the most promising trial gets the cores of idle workers.
         same_errors: how many trials one after another may end by one kind of error before the study does.
     """
 
@@ -32,6 +33,7 @@ class Work:
     prune: bool = True
     limits: Sequence[Limit] = ()
     max_retries: int = MAX_RETRIES
+    idle_cores: bool = False
     same_errors: int = 3
 
     def trial_folder(self, number: int) -> Path:
