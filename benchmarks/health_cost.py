@@ -27,6 +27,10 @@ WARM_UP = 5
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.thread_time()
+
+
 class Timed(HealthMonitor):
     """Keeps the seconds of each of its hooks, and the CPU seconds.
 
@@ -56,11 +60,13 @@ class Timed(HealthMonitor):
 
     def _timed(self, function: Callable, sign: int = 1) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            time.perf_counter(), time.thread_time()  # a clock that was not asked for a while takes longer
-            wall, cpu = time.perf_counter(), time.thread_time()
+            _now()  # a clock that was not asked for a while takes longer
+            began = _now()
             found = function(*args, **kwargs)
-            self.wall += sign * (time.perf_counter() - wall)
-            self.cpu += sign * (time.thread_time() - cpu)
+            ended = _now()
+            again = _now()  # what the clocks take themselves
+            self.wall += sign * (2 * ended[0] - began[0] - again[0])
+            self.cpu += sign * (2 * ended[1] - began[1] - again[1])
             return found
 
         return timed
