@@ -31,6 +31,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+LAST_RATES = "_last_lr"  # of a learning-rate scheduler, and in its state
+
 
 class Root:
     """The outermost FSDP module of a tree: when its own weights are whole, and when they are divided again.
@@ -300,6 +302,11 @@ def is_recomputed() -> bool:
 def in_backward() -> bool:
     """Whether a backward pass is running in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def note_rates(scheduler: Any) -> None:
+    """Let ``scheduler.get_last_lr()`` be what its optimizer's groups have now."""
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def innermost_function_mode() -> TorchFunctionMode | None:

@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_bharat.strategies._torch import LAST_RATES, note_rates
+
 
 def made_with(trainer: pl.Trainer) -> dict[str, Any]:
     """What optimizers and schedulers that have made no step were made with: plain values alone.
@@ -65,8 +67,8 @@ def _set_scheduler(scheduler: Any, old: Mapping[str, Any], new: Mapping[str, Any
     for each, was, is_now in zip(inner, old.get("_schedulers", []), new.get("_schedulers", []), strict=True):
         _set_scheduler(each, was, is_now)
     for key in _changed(old, new):
-        if key == "_last_lr":  # what the groups have now, the schedule's progress included
-            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        if key == LAST_RATES:  # what the groups have now, the schedule's progress included
+            note_rates(scheduler)
         elif key != "_schedulers":
             now = getattr(scheduler, key)
             setattr(scheduler, key, type(now)(dict(new[key])) if isinstance(now, dict) else new[key])
