@@ -5,6 +5,7 @@ The trials of `bharat tune` under every layout are in `tests/tuning/test_tune.py
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def test_a_metric_that_is_not_there() -> None:
 @pytest.mark.parametrize("trial", [None, FixedTrial({})])
 def test_outside_a_study_it_does_nothing_and_says_so_once(trial: Any, caplog: pytest.LogCaptureFixture) -> None:
     callback = OptunaPruning(trial, "no such metric")
+    caplog.set_level(logging.INFO, "lightning.pytorch")  # a command in another test has made it silent
     for _ in range(2):
         trainer(callback).fit(Counting())
     assert caplog.text.count("OptunaPruning does nothing") == 1
