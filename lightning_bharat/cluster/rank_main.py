@@ -16,6 +16,7 @@ from typing import Any
 
 # Asks a rank for its stacks. SIGQUIT means that to a JVM as well, and neither Lightning nor Slurm use it.
 STACKS_SIGNAL = signal.SIGQUIT
+STACKS = "stacks"  # the file that they go to, in the rank's folder; it is there from the rank's first moment on
 
 
 _channel: Connection | None = None
@@ -46,7 +47,7 @@ def main(channel: Connection, call: bytes, environment: dict[str, str], folder: 
     global _channel
     _channel = channel
     _write_to(output)
-    stacks = open(os.path.join(folder, "stacks"), "w")  # noqa: SIM115 - open as long as the process
+    stacks = open(os.path.join(folder, STACKS), "w")  # noqa: SIM115 - open as long as the process
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
     faulthandler.enable(file=2)  # native code that crashes says where
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -27,9 +27,9 @@ from typing import Any
 
 from lightning_bharat.cluster import heartbeat, last_words
 from lightning_bharat.cluster.connections import is_lost_connection
-from lightning_bharat.cluster.rank_main import STACKS_SIGNAL, end_with_parent
+from lightning_bharat.cluster.rank_main import STACKS, STACKS_SIGNAL, end_with_parent
 
-STACKS, HEARTBEAT = "stacks", "heartbeat"
+HEARTBEAT = "heartbeat"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ from lightning_bharat.cluster.outcome import RankOutcome
 Answer = Callable[[int, Any], Iterable[tuple[int, Any]]]
 # Of a function and its arguments: a process that calls it with a channel first, and the channel's other end.
 Fork = Callable[..., tuple[Any, Connection]]
+NOT_BEGUN = (
+    "it ended before it could begin; its error is in what this process writes. A rank imports the script that was "
+    'started, as with multiprocessing: what the script does must stand under `if __name__ == "__main__":`'
+)
 
 
 class WarmJob:
@@ -158,7 +162,7 @@ class WarmJob:
         deadline = time.monotonic() + patience
         for outcome in late:
             stacks = ""  # while they are written, a part of them is there
-            while (now := _read_text(self._folder / str(outcome.rank) / "stacks")) != stacks or not now:
+            while (now := _read_text(self._folder / str(outcome.rank) / rank_main.STACKS)) != stacks or not now:
                 stacks = now
                 if time.monotonic() > deadline:
                     break
@@ -176,6 +180,8 @@ class WarmJob:
             channel.close()
         for outcome in self._outcomes:
             outcome.output = _read_text(self._output(outcome.rank))
+            if (outcome.exit_code or 0) > 0 and not (self._folder / str(outcome.rank) / rank_main.STACKS).exists():
+                outcome.error, outcome.message = "RuntimeError", NOT_BEGUN
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _output(self, rank: int) -> Path:

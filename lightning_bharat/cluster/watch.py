@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_bharat.cluster import stacks
 from lightning_bharat.cluster.failure import Cause, Failure
 from lightning_bharat.cluster.heartbeat import Pulse
+from lightning_bharat.cluster.rank_main import STACKS
 
 _OWN_GAP = 1.0  # seconds without a look after which the launcher itself must have been held up
 
@@ -118,7 +119,7 @@ class Watch:
 
     def _failure(self, cause: Cause, culprits: list[int], pulses: dict[int, Pulse], now: float) -> Failure:
         lines = [f"  {self._line(rank, pulse, now)}" for rank, pulse in pulses.items()]
-        texts = stacks.take({rank: (each.pid, each.folder / "stacks") for rank, each in self._ranks.items()}, culprits)
+        texts = stacks.take({rank: (each.pid, each.folder / STACKS) for rank, each in self._ranks.items()}, culprits)
         culprits = culprits or hung_first(pulses, texts)
         step = min(pulses[rank].step for rank in culprits)
         names = ", ".join(f"rank {rank}" for rank in culprits)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,47 +14,30 @@ import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_bharat.checkpoints.directory import local_path
-from lightning_bharat.checkpoints.errors import together
-from lightning_bharat.checkpoints.manifest import Manifest
-from lightning_bharat.checkpoints.stored import is_checkpoint
 from lightning_bharat.checkpoints.weights import parameter_names
 from lightning_bharat.plan.model_plan import ModelPlan
-from lightning_bharat.plan.partition import by_cost, stages_of
 from lightning_bharat.plan.shards import TensorSlice
-from lightning_bharat.strategies import _lightning, _lightning_loops, _lightning_resume, accumulated, already_cut
+from lightning_bharat.strategies import _lightning, _lightning_loops, already_cut
 from lightning_bharat.strategies.arguments import known_arguments
-from lightning_bharat.strategies.callbacks import refuse_callbacks, resume_callbacks
-from lightning_bharat.strategies.checkpoint import ShardedCheckpoints
+from lightning_bharat.strategies.callbacks import refuse_callbacks
 from lightning_bharat.strategies.choose import Predicted
 from lightning_bharat.strategies.connection import ConnectedStrategy
-from lightning_bharat.strategies.ends_together import EndsTogether
-from lightning_bharat.strategies.first_loss import FirstLoss
-from lightning_bharat.strategies.global_batch import KeepsBatch
-from lightning_bharat.strategies.goes_on import GoesOn
-from lightning_bharat.strategies.loaders import TogetherLoaders
 from lightning_bharat.strategies.optimizer_proof import prove_optimizer
 from lightning_bharat.strategies.options import Auto, Options
-from lightning_bharat.strategies.pipeline import Pipeline
-from lightning_bharat.strategies.placed import begin_epoch
+from lightning_bharat.strategies.pipelined import Pipelined
 from lightning_bharat.strategies.precision import across_ranks, refuse_precision, total_norm
 from lightning_bharat.strategies.preparation import Preparation
 from lightning_bharat.strategies.randomness import agree_on_random_numbers, apart
 from lightning_bharat.strategies.refusals import refuse_lazy
-from lightning_bharat.strategies.relayout import ChangesLayout
-from lightning_bharat.strategies.schedule import KINDS
 from lightning_bharat.strategies.scheduled_steps import ScheduledSteps
-from lightning_bharat.strategies.timeline import Timeline
 from lightning_bharat.strategies.token_weights import TokenWeightError, TokenWeights
-from lightning_bharat.strategies.unfinished import Unfinished
 from lightning_bharat.strategies.whole_norms import WholeNorms, hooks_see_gradients
 
 
-class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints, TogetherLoaders, ConnectedStrategy):
+class HybridStrategy(Pipelined):
     """Trains an unchanged LightningModule on data × tensor × pipeline × context ranks.
 
     Parameters, gradients and optimizer states are divided over the data ranks by FSDP2; weights of attention heads,
@@ -156,8 +137,6 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         self.slices: dict[str, TensorSlice] = {}
         self._has_stepped = False
         self._tokens: TokenWeights | None = None
-        self._unfinished, self._first_loss = Unfinished(), FirstLoss()
-        self._accumulated: dict[str, Any] | None = None  # gradients that the run goes on with
 
     # ---- setting up
 
@@ -220,66 +199,11 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
                 self._prepared.watch(optimizer)
             self.keep_run()
             self.watch_steps()
-            GoesOn(trainer, self.random_states, self._unfinished, self.root_device)
+            self.follow_loops()
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self.optimizers, self.lr_scheduler_configs = [], []  # those of an earlier run
         super().setup_optimizers(trainer)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        resume_callbacks(self._module(), self.optimizers)
-        super().load_optimizer_state_dict(checkpoint)
-        self._accumulated = checkpoint.get(accumulated.GRADIENTS)
-        accumulated.refuse(self._accumulated)
-        if self._left is None:  # else Lightning keeps it
-            self._unfinished.read(checkpoint, self.layout, self.global_rank)
-        _lightning_resume.leave_finished_epoch(self._module().trainer)
-        _lightning_resume.load_positions(self._module().trainer, begin_epoch)
-        self.go_on()
-
-    def to_go_on(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        module = self._module()
-        if _lightning_resume.in_validation(module.trainer):
-            checkpoint = _lightning_resume.before_validation(module.trainer, checkpoint)
-        checkpoint = super().to_go_on(checkpoint)
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            checkpoint = self._unfinished.with_state(checkpoint, module.trainer, self.layout)
-        if not _lightning_loops.in_window(module.trainer):
-            return checkpoint
-        if refused := self._without_gradients():
-            return {**checkpoint, accumulated.GRADIENTS: {"refused": refused}}
-        found = accumulated.of_window(module, self.slices, self.layout, self.global_rank)
-        return {**checkpoint, accumulated.GRADIENTS: found}
-
-    def facts(self, path: Path) -> dict[str, Any]:
-        found, first = super().facts(path), self._first_loss
-        found |= {"parent": first.newest, "samples": self._samples()}
-        found["loss"] = None if first.last is None else float(first.last)
-        if self._left is None:
-            first.save(found["id"], path)
-        return found
-
-    def _samples(self) -> int | None:
-        """That all data ranks have trained on, since the first step and with the batches of now."""
-        sizes = [batches["size"] for batches in self.batches()]
-        if len(sizes) != 1 or sizes[0] is None or self.batches_in_tokens():
-            return None
-        return _lightning_loops.trained_batches(self._module().trainer) * sizes[0] * self.layout.data
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        path = local_path(checkpoint_path)
-        if self.is_global_zero and is_checkpoint(path):
-            self._first_loss.read(path, Manifest.read(path), self.layout)
-        return checkpoint
-
-    def _without_gradients(self) -> str:
-        """Why those of a window that has begun are not in checkpoints; "" if they are."""
-        if self.layout.pipeline > 1:
-            return "stages of a pipeline have others"
-        if self._tokens is not None:
-            return "token_weighted=True weighs them with the next ones"
-        return "" if self.save_distributed_checkpoint else "a plain .ckpt has none"
 
     def model_to_device(self) -> None:
         """Done when the module is prepared, block by block."""
@@ -305,15 +229,6 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
 
     # ---- steps
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self.random_states.run_starts(self.root_device)
-        self._unfinished.run_starts(self._module().trainer)
-        if self._accumulated is not None:  # not before: Lightning clears gradients when a run begins
-            saved, self._accumulated = self._accumulated, None
-            take_up = partial(accumulated.take_up, saved, self._module(), self.slices, self.layout, self.global_rank)
-            together(take_up)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.random_states.batch_starts(self.root_device)
         if batch_idx == 0 and self._prepared is not None:
@@ -335,9 +250,7 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         here = self.layout.coordinates(self.global_rank)["data"]
         with apart(here, self.root_device) if self.layout.data > 1 else nullcontext():
             out = self._training_step(args, kwargs)
-        if self.is_global_zero:
-            trainer = self._module().trainer
-            self._first_loss.step(out, trainer.global_step, Path(trainer.default_root_dir))
+        self.batch_trained(out)
         return out
 
     def _training_step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -409,41 +322,6 @@ class HybridStrategy(EndsTogether, ChangesLayout, KeepsBatch, ShardedCheckpoints
         """The norm of all gradients as one vector, over all ranks. All ranks must call it, after the backward pass."""
         assert self._prepared is not None
         return total_norm(self._prepared.parameters(), self._groups_of, norm_type, self.root_device, self._stages())
-
-    def _stages(self) -> tuple[dist.ProcessGroup | None, Callable[[Tensor], int]]:
-        """The pipeline's ranks, and on how many of them a parameter is."""
-        return (self.pipeline_group, self._pipeline.copies) if self._pipeline else (None, lambda _: 1)
-
-    def begin_timeline(self) -> None:
-        """Follow the work of all stages in the next training step. All ranks must call it."""
-        self._of_pipeline().begin_timeline()
-
-    def end_timeline(self) -> Timeline:
-        """What the stages of this rank's pipeline did in that step. All ranks must call it."""
-        return self._of_pipeline().end_timeline()
-
-    def _of_pipeline(self) -> Pipeline:
-        if self._pipeline is None:
-            raise MisconfigurationException(
-                f"there are no stages to follow with {self._layout}; write pipeline_parallel_size=2 or more"
-            )
-        return self._pipeline.pipeline
-
-    def plan_to_save(self) -> ModelPlan | None:
-        if self._pipeline is None or self.plan is None:
-            return self.plan
-        return replace(self.plan, costs=self._pipeline.pipeline.measured_costs())
-
-    def stage_blocks(self, plan: ModelPlan) -> list[range]:
-        """The blocks of each pipeline stage, by their costs; none without a pipeline."""
-        if self.layout.pipeline == 1:
-            return []
-        return by_cost(plan, self.layout.pipeline * KINDS[self.schedule].each)
-
-    def stages_of_rank(self) -> list[int]:
-        """Which of them are this rank's."""
-        kind, here = KINDS[self.schedule], self.layout.coordinates(self.global_rank)
-        return stages_of(here["pipeline"], self.layout.pipeline, kind.each, kind.placement)
 
     def _whole_norms(self, in_step: bool = False) -> WholeNorms:
         assert self._prepared is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from multiprocessing.spawn import _check_not_importing_main  # type: ignore[attr-defined]
 from typing import Any
 
 from lightning_bharat.commands.project import BadInput
@@ -31,12 +32,13 @@ def make_engine(
         say: told where trials run, if that is not here.
 
     Raises:
-        BadInput: Ray is not installed.
+        BadInput: Ray is not installed; a trial's process asks while it imports the script that has started it.
         TypeError: neither a name nor a mapping.
         ValueError: an unknown name or option.
     """
     name, options = named("engine", engine, {"warm": WarmEngine, "ray": None})
     if name == "warm":
+        _refuse_in_import()
         check("engine", name, WarmEngine, options, ("objective", "ranks", "on_cpu"))
         return WarmEngine(objective, ranks, on_cpu)
     try:
@@ -45,3 +47,13 @@ def make_engine(
         raise BadInput(f"engine={engine!r}: {error}; install Ray: pip install 'lightning-bharat[ray]'") from error
     check("engine", name, RayEngine, options, ("objective", "ranks", "on_cpu", "say"))
     return RayEngine(objective, ranks, on_cpu, say, **options)
+
+
+def _refuse_in_import() -> None:
+    try:
+        _check_not_importing_main()
+    except RuntimeError as error:
+        raise BadInput(
+            "a trial's processes import the script that calls tune, and so it was called again; write the call under "
+            '`if __name__ == "__main__":`'
+        ) from error

@@ -134,17 +134,17 @@ def tune(
             raise BadInput("population: its members begin where its sampler says; leave points and transfer out")
     if idle_cores:
         idle_cores_check(config is not None, monitors, engine if isinstance(engine, str) else str(engine.get("name")))
-    kept = open_storage(storage or home)
-    earlier = [] if transfer is None else earlier_studies(transfer, name, kept, directions, searched)
-    first = (
-        [] if points is None else checked_points(points, searched, [StudyDirection[one.upper()] for one in directions])
-    )
     starts = make_engine(
         engine,
         target if callable(target) else None,
         lambda orders, slot: config.ranks(orders.params, len(slot.devices)) if config else ranks,
         on_cpu=config is not None and config.on_cpu,
         say=say,
+    )
+    kept = open_storage(storage or home)
+    earlier = [] if transfer is None else earlier_studies(transfer, name, kept, directions, searched)
+    first = (
+        [] if points is None else checked_points(points, searched, [StudyDirection[one.upper()] for one in directions])
     )
     study = optuna.create_study(
         study_name=name,

@@ -140,6 +140,20 @@ def test_a_rank_that_ends_without_a_word_is_named_with_how_it_ended(how: str, co
     assert failed.value.outcomes[1].timed_out
 
 
+class Exits:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return sys.exit, (1,)
+
+
+def test_a_rank_that_ends_before_it_begins_is_no_killed_one(tmp_path) -> None:
+    """As one whose import of the script ends it."""
+    with pytest.raises(RanksFailed, match=r"RuntimeError: it ended before it could begin.*`if __name__ == ") as failed:
+        run_ranks(surroundings, 1, "X", env={"X": Exits()})
+    assert failed.value.outcomes[0].exit_code == 1
+
+
 def test_nothing_stays_behind() -> None:
     job = server.start(with_a_child, 2)
     outcomes = job.wait(timeout=20)
