@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from lightning_bharat.plan.elsewhere import is_elsewhere
 from tests.tuning.tuned import Tuned
 
 
@@ -33,6 +34,7 @@ class Written(Tuned):
         """Of this rank's part, in 32 bits, to which some strategies of Lightning's round when they load."""
         states = self.trainer.optimizers[0].state.values()
         tensors = [*self.parameters(), *(value for state in states for value in state.values())]
+        tensors = [one for one in tensors if not is_elsewhere(one)]  # other stages'
         parts = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
         return hashlib.sha256(b"".join(p.detach().float().contiguous().numpy().tobytes() for p in parts)).hexdigest()
 
