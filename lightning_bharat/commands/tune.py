@@ -30,9 +30,9 @@ def main(words: list[str]) -> int:
     try:
         import optuna
 
-        from lightning_bharat.tuning.controller import SameError
         from lightning_bharat.tuning.errors import StorageError
         from lightning_bharat.tuning.run import tune
+        from lightning_bharat.tuning.same_error import SameError
         from lightning_bharat.tuning.study_config import StudyCLI, StudyConfig
     except ModuleNotFoundError as error:
         say_error("bharat tune", f"{error}; install what tuning needs: pip install 'lightning-bharat[tune]'")

@@ -27,13 +27,25 @@ class Budget:
 
     def open(self, study: Study) -> bool:
         """Whether there is room for one more; :attr:`reason` says why not."""
-        trials = counted(study.get_trials(deepcopy=False))
-        begun = [trial for trial in trials if trial.state != TrialState.WAITING]  # an enqueued one is the next to run
-        if self._n_trials is not None and len(begun) >= self._n_trials:
+        begun, _ = _counts(study)
+        if self._n_trials is not None and begun >= self._n_trials:
             self.reason = f"the study has its {self._n_trials} trials"
         else:
             self.reason = why_stop(study, self._rules)
         return self.reason is None
+
+    def hangs_on(self, study: Study) -> int:
+        """How many trials run whose ends the study waits for: one that is killed leaves room for another."""
+        begun, running = _counts(study)
+        may_be_missed = self._n_trials is not None and begun - running < self._n_trials
+        return running if may_be_missed and why_stop(study, self._rules) is None else 0
+
+
+def _counts(study: Study) -> tuple[int, int]:
+    """How many trials have begun, of those that count, and how many of these run."""
+    trials = counted(study.get_trials(deepcopy=False))
+    begun = [trial for trial in trials if trial.state != TrialState.WAITING]  # an enqueued one is the next to run
+    return len(begun), sum(trial.state == TrialState.RUNNING for trial in begun)
 
 
 def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

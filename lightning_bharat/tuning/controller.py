@@ -28,16 +28,13 @@ from lightning_bharat.tuning.proposals import Proposals
 from lightning_bharat.tuning.record import code_version
 from lightning_bharat.tuning.resumed import checkpoint_of
 from lightning_bharat.tuning.retry import RETRY_OF, copy_reports, mend, retry, withdraw
+from lightning_bharat.tuning.same_error import ErrorsInARow
 from lightning_bharat.tuning.slots import Slot
 from lightning_bharat.tuning.trial_run import CONFIG, Orders
 from lightning_bharat.tuning.verdict import Verdict, verdict
 from lightning_bharat.tuning.work import Work
 
 _ADOPT = 1.0  # seconds between two looks for trials whose controllers are gone
-
-
-class SameError(RuntimeError):
-    """Trials one after another ended by the same error: it is the program's, and more would end by it too."""
 
 
 @dataclass
@@ -89,14 +86,15 @@ class Controller:
         self._free = list(slots)
         self._running: list[Running] = []
         self._adopted = -math.inf
+        self._awaited = False
         self._code = code_version()
-        self._errors: list[str] = []
+        self._errors = ErrorsInARow(work.same_errors)
 
     def run(self) -> None:
         """Until the budget is spent, or a person interrupts.
 
-        A first Ctrl-C lets the running trials end; a second one, or SIGTERM, kills them: they are retried when the
-        study goes on.
+        Trials that run elsewhere are waited for: if their controller dies, they are retried here. A first Ctrl-C lets
+        the running trials end; a second one, or SIGTERM, kills them: they are retried when the study goes on.
 
         Raises:
             SameError: trials one after another ended by the same error.
@@ -107,7 +105,7 @@ class Controller:
                     waits = False
                     if not interrupts.after_trials:
                         self._adopt()
-                        waits = self._fill()
+                        waits = self._fill() or self._awaits_others()
                     if not self._running and not waits:
                         break
                     self._look()
@@ -123,6 +121,14 @@ class Controller:
             if not withdraw(self._study, trial) and self._leases.take(trial):
                 self._start(trial)
         return False
+
+    def _awaits_others(self) -> bool:
+        """Whether this controller has nothing to do, and others that may die have."""
+        others = 0 if self._running else self._budget.hangs_on(self._study)
+        if others and not self._awaited:
+            self._say(f"waiting for trials that run elsewhere ({others}); Ctrl-C leaves them to their controllers")
+        self._awaited = bool(others)
+        return self._awaited
 
     def _start(self, trial: Trial) -> None:
         slot = self._free.pop(0)
@@ -193,7 +199,7 @@ class Controller:
             return
         self._proposals.trial_ended(self._study)
         self._say(f"trial {trial.number}: {how.in_words}")
-        self._check_errors(trial.number, how)
+        self._errors.trial_ended(how, self._work.trial_folder(trial.number))
 
     def _limited(self, trial: Trial, how: Verdict, record: Mapping[str, Any]) -> Verdict:
         """Tell the study how the trial keeps its limits; one that did not measure what is limited has failed."""
@@ -213,18 +219,6 @@ class Controller:
             return
         trial.set_user_attr("end", how.end)
         self._study.tell(trial, list(how.values) or None, state=how.state)
-
-    def _check_errors(self, number: int, how: Verdict) -> None:
-        """Remember how trials fail, until one of them does not."""
-        if how.state != TrialState.FAIL:
-            self._errors.clear()
-        elif how.error:
-            self._errors.append(how.error)
-        if self._errors[-self._work.same_errors :] == [how.error] * self._work.same_errors:
-            raise SameError(
-                f"{self._work.same_errors} trials one after another ended by {how.error}, the last one by {how.end}. "
-                f"The traceback is in {self._work.trial_folder(number)}"
-            )
 
     def _adopt(self) -> None:
         """End the trials of controllers that are gone; they are retried, by whoever is the first to see it."""

@@ -18,12 +18,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bharat.tuning import tune
 from lightning_bharat.tuning.leases import Leases
 from lightning_bharat.tuning.process import ProcessId
 from lightning_bharat.tuning.retry import copy_reports, mend, retry, successor, tries, withdraw
 from lightning_bharat.tuning.samplers import make_sampler
 from lightning_bharat.tuning.stopping import why_stop
 from lightning_bharat.tuning.storage import open_storage
+from tests.tuning import tuned
 from tests.tuning.postgres import postgres
 
 __all__ = ["postgres"]
@@ -148,6 +150,20 @@ def test_a_pause_of_who_watches_is_no_sign_of_death(tmp_path: Path, far: Leases)
     far.renew()
     here.clock.now += 20
     assert here.orphans() == []
+
+
+def test_a_host_with_nothing_to_do_waits_for_the_others_trials(far: Leases, tmp_path: Path) -> None:
+    """And retries them when they are lost: else the last ones would never end, for each start would leave at once."""
+    far.seconds = 1.5  # then it is lost; three looks, a second apart, must see it
+    far.clock.now += 20
+    far.renew()
+    lines: list[str] = []
+    study = tune(tuned.parabola, n_trials=1, folder=tmp_path, study_name="study", say=lines.append)
+    assert [(trial.state.name, trial.user_attrs.get("retry_of")) for trial in study.trials] == [
+        ("FAIL", None),
+        ("COMPLETE", 0),
+    ]
+    assert lines[0].startswith("waiting for trials that run elsewhere (1)")
 
 
 def test_a_lease_is_written_three_times_in_its_span_at_most(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from lightning_bharat.cli import main
 from lightning_bharat.commands.project import BadInput
 from lightning_bharat.tuning import Limit, SearchSpace, tune
-from lightning_bharat.tuning.controller import SameError
 from lightning_bharat.tuning.proposals import NoFeasiblePoint, Proposals
+from lightning_bharat.tuning.same_error import SameError
 from lightning_bharat.tuning.storage import open_storage
 from tests.ranks import server
 from tests.tuning import tuned
