@@ -25,7 +25,7 @@ test: lint
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.faults.chaos --runs 100
 	$(BIN)/python -m tests.tuning.kills --kills 60
-	$(BIN)/python -m pytest tests/faults/stopped_group.py tests/tuning/population_layouts.py
+	$(BIN)/python -m pytest tests/faults/stopped_group.py tests/tuning/population_layouts.py tests/tuning/two_hosts.py
 	$(BIN)/python -m tests.faults.two_hosts || test $$? = 77
 	$(BIN)/python -m tests.faults.slurm_jobs || test $$? = 77
 
