@@ -99,7 +99,7 @@ def draw(
     names: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], random: np.random.RandomState
 ) -> Params:
     """A random value for each of ``names``."""
-    return {name: _from_unit(random.rand(), distributions[name]) for name in names}
+    return {name: from_unit(random.rand(), distributions[name]) for name in names}
 
 
 def _near(
@@ -115,11 +115,11 @@ def _near(
 
 def _moved(value: Any, distribution: BaseDistribution, spread: float, random: np.random.RandomState) -> Any:
     if isinstance(distribution, CategoricalDistribution):
-        return _from_unit(random.rand(), distribution) if random.rand() < spread else value
-    return _from_unit(min(max(to_unit(value, distribution) + spread * random.randn(), 0.0), 1.0), distribution)
+        return from_unit(random.rand(), distribution) if random.rand() < spread else value
+    return from_unit(min(max(to_unit(value, distribution) + spread * random.randn(), 0.0), 1.0), distribution)
 
 
-def _from_unit(unit: float, distribution: BaseDistribution) -> Any:
+def from_unit(unit: float, distribution: BaseDistribution) -> Any:
     """The value that lies at ``unit`` of the range, on its steps."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[min(int(unit * len(distribution.choices)), len(distribution.choices) - 1)]

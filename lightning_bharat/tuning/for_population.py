@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_bharat.commands.project import BadInput
+from lightning_bharat.tuning.improvements import numbers_of
 from lightning_bharat.tuning.members import Members
 from lightning_bharat.tuning.options import nearest
 from lightning_bharat.tuning.population import Population
 from lightning_bharat.tuning.space import SearchSpace
 from lightning_bharat.tuning.study_config import StudyConfig
+
+if TYPE_CHECKING:
+    from lightning_bharat.tuning.bandit import Bandit
 
 
 def members_for(
@@ -48,7 +52,31 @@ def members_for(
             f"n_trials={n_trials}: {population.size} members over trainer.max_{unit}={length} in intervals of "
             f"{population.interval} are {most} trials; leave n_trials out, or train longer"
         )
-    return Members(population, space, folder, length, seed), n_trials or most
+    return Members(population, space, folder, length, seed, bandit_for(population, space)), n_trials or most
+
+
+def bandit_for(population: Population, space: SearchSpace) -> Bandit | None:
+    """What explores a population by what it has shown; ``None``: nothing does.
+
+    Raises:
+        BadInput: it has no numbers to choose, or Ray is not installed.
+    """
+    if population.explorer == "pbt":
+        return None
+    if not numbers_of(space, population.explore):
+        explored = ", ".join(population.explore or space.distributions)
+        raise BadInput(
+            f'population: explorer="pb2" chooses numbers that all points have, and of {explored} none is one: write '
+            'explorer="pbt"'
+        )
+    try:
+        from lightning_bharat.tuning.bandit import Bandit
+    except ImportError as error:  # Ray's own words are one where a library of its Tune is missing
+        raise BadInput(
+            f'population: explorer="pb2" is that of Ray, on scikit-learn, and {error}; install both: '
+            "pip install 'lightning-bharat[ray]'; or write explorer=\"pbt\""
+        ) from error
+    return Bandit(space, population.explore)
 
 
 def _check_others(others: Mapping[str, Any]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from optuna import Study
 
-from lightning_bharat.tuning.members import GENERATION, MEMBER, PARENT, checkpoint_in
+from lightning_bharat.tuning.members import checkpoint_in
+from lightning_bharat.tuning.places import GENERATION, MEMBER, PARENT
 
 
 @dataclass(frozen=True)

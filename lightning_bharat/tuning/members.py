@@ -8,25 +8,28 @@ next: the same command again goes on with the population.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna import Study, Trial
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bharat.tuning.budget import counted, infeasible
-from lightning_bharat.tuning.explore import explore
+from lightning_bharat.tuning.copying import Copying
 from lightning_bharat.tuning.generation import Generation
+from lightning_bharat.tuning.places import GENERATION, MEMBER, PARENT, Places, by_place, place_of
 from lightning_bharat.tuning.population import Population
 from lightning_bharat.tuning.proposals import NoFeasiblePoint, Proposals
 from lightning_bharat.tuning.retry import RETRY_OF, mend
 from lightning_bharat.tuning.space import SearchSpace
 
-MEMBER, GENERATION, PARENT = "member", "generation", "parent"
+if TYPE_CHECKING:
+    from lightning_bharat.tuning.bandit import Bandit
+
 FOLDER = "population"  # in the study's: the checkpoints at the ends of generations
 
 
@@ -43,10 +46,11 @@ class _Step:
     generation: int
     params: dict[str, Any] = field(default_factory=dict)
     parent: int | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def attrs(self) -> dict[str, Any]:
-        said = {MEMBER: self.member, GENERATION: self.generation}
+        said = {MEMBER: self.member, GENERATION: self.generation, **self.notes}
         return said if self.parent is None else {**said, PARENT: self.parent}
 
 
@@ -59,12 +63,22 @@ class Members(Proposals):
         folder: the study's.
         length: of a member's whole training, in the population's unit.
         seed: of the draws.
+        bandit: explores the numbers of copied members; ``None``: they are explored as the others are.
     """
 
-    def __init__(self, population: Population, space: SearchSpace, folder: Path, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        population: Population,
+        space: SearchSpace,
+        folder: Path,
+        length: int,
+        seed: int,
+        bandit: Bandit | None = None,
+    ) -> None:
         super().__init__(space)
         self._population, self._searched, self._folder = population, space, folder
         self._length, self._seed = length, seed
+        self._copying = Copying(population, space, length, bandit)
         self._generations = population.generations(length)
 
     def next(self, study: Study) -> Trial | None:
@@ -77,7 +91,7 @@ class Members(Proposals):
             mend(study)
             trials = counted(study.get_trials(deepcopy=False))
             if not any(trial.state == TrialState.WAITING for trial in trials):
-                step = self._due(study, _by_place(trials))
+                step = self._due(study, by_place(trials))
                 if step is None:
                     return None
                 study.enqueue_trial(step.params, user_attrs=step.attrs)
@@ -95,8 +109,8 @@ class Members(Proposals):
         Raises:
             FileNotFoundError: the checkpoint that it goes on from is not in the study's folder.
         """
-        how, end = self._population, (trial.user_attrs[GENERATION] + 1) * self._population.interval
-        one = Generation(min(end, self._length), how.unit, self._checkpoint(trial.number))
+        how, end = self._population, self._population.end(trial.user_attrs[GENERATION], self._length)
+        one = Generation(end, how.unit, self._checkpoint(trial.number))
         donor = trial.user_attrs.get(PARENT)
         if donor is None:
             return one
@@ -113,7 +127,7 @@ class Members(Proposals):
     def trial_ended(self, study: Study) -> None:
         """Remove the checkpoints that nobody goes on from any more; the best trial's stays."""
         trials = study.get_trials(deepcopy=False)
-        places = _by_place(counted(trials))
+        places = by_place(counted(trials))
         for trial in trials:
             path = self._checkpoint(trial.number)
             if trial.state.is_finished() and path.exists() and not self._is_needed(study, trial, places):
@@ -122,7 +136,7 @@ class Members(Proposals):
     def _checkpoint(self, number: int) -> Path:
         return checkpoint_in(self._folder, number)
 
-    def _is_needed(self, study: Study, trial: FrozenTrial, places: Mapping[tuple[int, int], FrozenTrial]) -> bool:
+    def _is_needed(self, study: Study, trial: FrozenTrial, places: Places) -> bool:
         if trial.state != TrialState.COMPLETE:
             return False
         after = self._ended(places, trial.user_attrs[GENERATION] + 1)
@@ -134,7 +148,7 @@ class Members(Proposals):
         attrs = trial.user_attrs
         if MEMBER not in attrs:  # a person's own point
             trials = counted(study.get_trials(deepcopy=False))
-            step = self._due(study, _by_place(each for each in trials if each.number != trial.number))
+            step = self._due(study, by_place(each for each in trials if each.number != trial.number))
             if step is None or step.generation:
                 return "withdrawn: the population has all members of its first generation"
             for key, value in step.attrs.items():
@@ -144,14 +158,14 @@ class Members(Proposals):
             first = min(
                 each.number
                 for each in study.get_trials(deepcopy=False)
-                if _place(each) == place and RETRY_OF not in each.user_attrs and not infeasible(each)
+                if place_of(each) == place and RETRY_OF not in each.user_attrs and not infeasible(each)
             )
             if first != trial.number:
                 return f"withdrawn: trial {first} is this generation of member {place[0]}"
         violated = self._searched.violated(self._searched.suggest(trial))
         return None if violated is None else f"infeasible: {violated}"
 
-    def _due(self, study: Study, places: Mapping[tuple[int, int], FrozenTrial]) -> _Step | None:
+    def _due(self, study: Study, places: Places) -> _Step | None:
         """The step of the member that has come least far, of those that can go on."""
         size = self._population.size
         next_of = {m: next(g for g in range(len(places) + 1) if (m, g) not in places) for m in range(size)}
@@ -161,19 +175,18 @@ class Members(Proposals):
             own, ended = places[member, generation - 1], self._ended(places, generation - 1)
             waits = self._population.mode == "sync" and len(ended) < size
             if generation < self._generations and own.state.is_finished() and not waits:
-                step = self._go_on(study, member, generation, own, ended)
+                step = self._go_on(study, places, own, ended)
                 if step is not None:
                     return step
         return None
 
-    def _ended(self, places: Mapping[tuple[int, int], FrozenTrial], generation: int) -> list[FrozenTrial]:
+    def _ended(self, places: Places, generation: int) -> list[FrozenTrial]:
         """Trials of a generation that are over."""
         return [trial for (_, of), trial in places.items() if of == generation and trial.state.is_finished()]
 
-    def _go_on(
-        self, study: Study, member: int, generation: int, own: FrozenTrial, ended: Sequence[FrozenTrial]
-    ) -> _Step | None:
+    def _go_on(self, study: Study, places: Places, own: FrozenTrial, ended: Sequence[FrozenTrial]) -> _Step | None:
         """The member's next generation: exploit and explore, or as before."""
+        member, generation = own.user_attrs[MEMBER], own.user_attrs[GENERATION] + 1
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
         ranked = sorted(
@@ -186,30 +199,14 @@ class Members(Proposals):
             return None  # it waits for a donor
         random = Random(f"{self._seed}/{member}/{generation}")
         if failed and not ranked:  # all have failed: again from where this one began, which is two generations back
-            return self._explored(member, generation, own.params, own.user_attrs.get(PARENT), random)
+            return _Step(member, generation, self._copying.near(own.params, random), own.user_attrs.get(PARENT))
         if failed or (own in ranked[len(ranked) - few :] and own not in ranked[:few]):
             donor = random.choice(ranked[: max(few, 1)])
-            return self._explored(member, generation, donor.params, donor.number, random)
+            params, notes = self._copying.from_donor(study, places, donor, generation, random)
+            return _Step(member, generation, params, donor.number, notes)
         return _Step(member, generation, own.params, own.number)
-
-    def _explored(
-        self, member: int, generation: int, values: Mapping[str, Any], parent: int | None, random: Random
-    ) -> _Step:
-        how = self._population
-        found = explore(self._searched, values, random, how.factors, how.resample, how.explore)
-        return _Step(member, generation, found, parent)
 
 
 def _excess(trial: FrozenTrial) -> float:
     """How far it is above its limits."""
     return sum(max(value, 0.0) for value in trial.constraints.values())
-
-
-def _place(trial: FrozenTrial) -> tuple[int, int] | None:
-    attrs = trial.user_attrs
-    return (attrs[MEMBER], attrs[GENERATION]) if MEMBER in attrs and GENERATION in attrs else None
-
-
-def _by_place(trials: Iterable[FrozenTrial]) -> dict[tuple[int, int], FrozenTrial]:
-    """The trials of a population by member and generation."""
-    return {place: trial for trial in trials if (place := _place(trial)) is not None}

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from lightning_bharat.tuning.generation import Unit
 from lightning_bharat.tuning.options import nearest
 
+Explorer = Literal["pbt", "pb2"]
+
 
 @dataclass(frozen=True)
 class Population:
@@ -26,6 +28,9 @@ class Population:
         factors: by one of them each number is multiplied.
         resample: probability that a value is drawn anew instead.
         explore: keys whose values change; the others go with the weights. ``None``: all.
+        explorer: ``"pbt"``: a copied member's values are near its donor's, by ``factors`` and ``resample``. ``"pb2"``:
+            its numbers are chosen by what the generations so far have shown (Parker-Holder et al. 2020), which needs
+            Ray; choices, conditional parameters and the first copies are explored as by ``"pbt"``.
 
     Raises:
         ValueError: a value that can't be, by name.
@@ -39,6 +44,7 @@ class Population:
     factors: Sequence[float] = (0.8, 1.2)
     resample: float = 0.25
     explore: Sequence[str] | None = None
+    explorer: Explorer = "pbt"
 
     def __post_init__(self) -> None:
         whole = {"size": (self.size, 2), "interval": (self.interval, 1)}
@@ -59,6 +65,8 @@ class Population:
             raise ValueError(f"population: resample={self.resample!r}: expected a probability, from 0 to 1")
         if self.explore is not None and (not isinstance(self.explore, (list, tuple)) or not self.explore):
             raise ValueError(f'population: explore={self.explore!r}: expected keys of the space, such as ["model.lr"]')
+        if self.explorer not in get_args(Explorer):
+            raise ValueError(f'population: explorer={self.explorer!r}: expected "pbt" or "pb2"')
 
     @classmethod
     def read(cls, given: Population | Mapping[str, Any]) -> Population:
@@ -80,6 +88,10 @@ class Population:
     def generations(self, length: int) -> int:
         """In a training of ``length`` epochs or steps; the last one may be shorter."""
         return math.ceil(length / self.interval)
+
+    def end(self, generation: int, length: int) -> int:
+        """Of a generation in such a training."""
+        return min((generation + 1) * self.interval, length)
 
 
 def _is_number(value: Any) -> bool:

@@ -29,11 +29,13 @@ def agree(study: Study, directions: Sequence[str], monitors: Sequence[str], popu
     Raises:
         BadInput: it was made otherwise.
     """
-    now = {"monitor": list(monitors), "population": None if population is None else _stored(population)}
+    now: dict[str, Any] = {"monitor": list(monitors), "population": None if population is None else _stored(population)}
     before = study.user_attrs.get(ASKED)
     is_new = before is None and not study.get_trials(deepcopy=False)
     if before is None:
         before = now if is_new else {**now, "population": None}
+    if before["population"] is not None:  # options that there were not yet when it began have their defaults
+        before = {**before, "population": _stored(Population(**before["population"]))}
     _compare(
         study, "mode", list(map(_mode, study.directions)), [_mode(StudyDirection[one.upper()]) for one in directions]
     )

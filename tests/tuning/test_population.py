@@ -242,6 +242,7 @@ def test_what_is_explored_stays_in_the_space() -> None:
         ({"size": 4, "interval": 1, "quantile": 0.7}, "quantile=0.7"),
         ({"size": 4, "interval": 1, "factors": "0.8"}, "factors='0.8'"),
         ({"size": 4, "interval": 1, "resample": None}, "resample=None"),
+        ({"size": 4, "interval": 1, "explorer": "bandit"}, 'explorer=\'bandit\': expected "pbt" or "pb2"'),
     ],
 )
 def test_a_population_that_can_not_be_is_refused(population: dict[str, Any], says: str) -> None:

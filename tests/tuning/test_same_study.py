@@ -47,3 +47,14 @@ def test_a_study_that_optuna_made_by_itself_says_only_its_directions() -> None:
         agree(study, ["maximize"], ["val_acc"], HOW)
     with pytest.raises(BadInput, match="mode"):
         agree(study, ["minimize"], ["val_acc"], None)
+
+
+def test_a_population_that_was_begun_before_an_option_was_there_goes_on() -> None:
+    study = optuna.create_study()
+    agree(study, *BEGUN)
+    asked = study.user_attrs["asked"]
+    del asked["population"]["explorer"]
+    study.set_user_attr("asked", asked)
+    agree(study, *BEGUN)
+    with pytest.raises(BadInput, match="'explorer': 'pbt'.*'explorer': 'pb2'"):
+        agree(study, ["minimize"], ["val_loss"], Population(4, 1, factors=[0.5, 2], explorer="pb2"))
