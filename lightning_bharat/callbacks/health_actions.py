@@ -37,7 +37,8 @@ class Actions:
         Raises:
             HealthError: the policy says so, or steps are left out or taken back again and again.
         """
-        findings = [finding for finding in findings if self._policy[finding.kind] != "ignore"]
+        if findings:
+            findings = [finding for finding in findings if self._policy[finding.kind] != "ignore"]
         if not findings:
             self._in_a_row = 0
             if self._keeps and (self._snapshot is None or step - self._snapshot.step >= self._rollback_steps):

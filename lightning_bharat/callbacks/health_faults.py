@@ -73,7 +73,7 @@ def _named_first(every: Sequence[_Seen], step: int, name: Name, was_replayed: bo
 
 
 def corrupted(
-    trainer: pl.Trainer, window: list[Kept], losses: list[Tensor], replay: Replay, name: Name
+    trainer: pl.Trainer, window: list[Kept], losses: list[Tensor | float], replay: Replay, name: Name
 ) -> list[Finding]:
     """Computes the step again, and compares. All ranks must call it.
 

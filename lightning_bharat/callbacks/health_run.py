@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import exp, inf, isnan, log
+from math import exp, inf, isfinite, isnan, log
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,14 +64,14 @@ class Run:
         self._batch_progress = trainer.fit_loop.epoch_loop.batch_progress
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.window: list[Kept] = []
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor | float] = []
         self._bad: list[tuple[Any, Any, int]] = []
         self.inbox: deque[Finding] = deque()
         self.steps, self.batches = 0, 0
         self.last: Step | None = None
         self.is_again = False
 
-    def batch_starts(self, batch: Any, index: int) -> list[Finding]:
+    def batch_starts(self, batch: Any, index: int) -> Sequence[Finding]:
         """Look at a batch, and keep it for as long as its step may be computed again."""
         self.batches += 1
         leaves = _leaves(batch)
@@ -80,11 +80,13 @@ class Run:
             if is_bad is not False:
                 self._bad.append((is_bad, what, index))
         arguments = (batch, index) if self._takes_index else (batch,)
-        states = random_state.taken(self._device, all_of_them=self._is_computed_again())
+        states = random_state.taken(self._device, self._is_computed_again())
         self.window.append(Kept(arguments, states, self._batch_progress.total.ready))
         if self._by_hand and len(self.window) > 1:  # nobody knows when such a step is made
             self.window, self._losses = self.window[-1:], []
         drifted = self._drift.look(batch, leaves) if self._drift is not None else ()
+        if not drifted:
+            return ()
         return [Finding("drift", f"{here(self.trainer)}: {words}", self.trainer.global_rank) for words in drifted]
 
     def _is_computed_again(self) -> bool:
@@ -94,28 +96,44 @@ class Run:
 
     def loss_is(self, loss: Tensor) -> None:
         """That of a batch, its share of the accumulated one."""
-        self._losses.append(loss.detach())
+        self._losses.append(loss.item() if self._is_on_host else loss.detach())
 
     def step_of(self, optimizer: Any) -> list[Finding]:
         """What all ranks have found before ``optimizer`` makes a step; the same on all."""
-        findings = as_held(self._decided, optimizer)
-        self.window, self._losses, self._bad = [], [], []
+        findings = as_held(self._found, optimizer)
+        self.window, self._losses = [], []
+        if self._bad:
+            self._bad = []
         self.steps += 1
         return findings
 
-    def _decided(self, optimizer: Any) -> list[Finding]:
+    def _found(self, optimizer: Any) -> list[Finding]:
         self.last = step = self._exchanged(optimizer)
-        return self._found(optimizer, step)
+        found: list[Finding] = []
+        if step.reports:
+            found += flat(gathered([self.inbox.popleft() for _ in range(len(self.inbox))]))
+        if step.bad_batches:
+            return found + flat(gathered(list(self._bad_batches())))
+        # Infinite gradients of a scaled loss are the scaler's, which leaves such steps out by itself.
+        is_finite = isfinite(step.loss) and isfinite(step.norm)
+        if not is_finite and (self._scaler is None or isnan(step.loss)):
+            return [*found, self._not_finite(optimizer)] if self._policy.wants("nan") else found
+        if self._wants_spikes:
+            self._look_for_spikes(optimizer, step, found)
+        if self._recompute_every is not None and self._is_computed_again():
+            with self._again():
+                replay = Replay(self.trainer, optimizer)
+                found += corrupted(self.trainer, self.window, self._losses, replay, self._name)
+        return found
 
     def _exchanged(self, optimizer: Any) -> Step:
-        squared = self._squared(optimizer)
-        loss: Any = sum(self._losses[1:], start=self._losses[0]) if self._losses else 0.0
+        loss: Any = self._losses[0] if len(self._losses) == 1 else sum(self._losses)
         if self._scaler is not None:
             loss = loss / self._scaler.get_scale()
         bad: Any = False
         for is_bad, _, _ in self._bad:
             bad = is_bad if bad is False else bad | is_bad
-        return self._exchange.step(loss, squared, len(self.inbox), bad)
+        return self._exchange.step(loss, self._squared(optimizer), len(self.inbox), bad)
 
     def _squared(self, optimizer: Any) -> Tensor | float:
         """This rank's share of the squared norm."""
@@ -129,23 +147,6 @@ class Run:
             share = self._shares[optimizer] = NormShare(parameters, holder(self.trainer))
         return share.squared(self._device)
 
-    def _found(self, optimizer: Any, step: Step) -> list[Finding]:
-        found: list[Finding] = []
-        if step.reports:
-            found += flat(gathered([self.inbox.popleft() for _ in range(len(self.inbox))]))
-        if step.bad_batches:
-            return found + flat(gathered(list(self._bad_batches())))
-        # Infinite gradients of a scaled loss are the scaler's, which leaves such steps out by itself.
-        if not step.is_finite and (self._scaler is None or isnan(step.loss)):
-            return [*found, self._not_finite(optimizer)] if self._policy.wants("nan") else found
-        if self._wants_spikes:
-            found += self._spiked(optimizer, step)
-        if self._is_computed_again():
-            with self._again():
-                replay = Replay(self.trainer, optimizer)
-                found += corrupted(self.trainer, self.window, self._losses, replay, self._name)
-        return found
-
     def _bad_batches(self) -> Iterator[Finding]:
         for is_bad, what, index in self._bad:
             if bool(is_bad):
@@ -157,15 +158,13 @@ class Run:
         with self._again():
             return why_not_finite(self.trainer, self.window, replay, self._name)
 
-    def _spiked(self, optimizer: Any, step: Step) -> list[Finding]:
+    def _look_for_spikes(self, optimizer: Any, step: Step, found: list[Finding]) -> None:
         losses, norms = self._spikes[optimizer]
-        found = []
         if (far := losses.look(step.loss)) is not None:
             found.append(self._spike("loss", step.loss, far, losses.usual()))
         # A norm's noise multiplies it, so its logarithm is looked at; that of a loss is added to it.
-        if (far := norms.look(_log(step.norm))) is not None:
+        if (far := norms.look(log(step.norm) if step.norm > 0 else -inf)) is not None:
             found.append(self._spike("gradient norm", step.norm, far, exp(norms.usual())))
-        return found
 
     def _spike(self, what: str, value: float, far: float, usual: float) -> Finding:
         words = f"the {what} is {value:.4g}, {far:.0f} spreads above its median {usual:.4g}"
@@ -178,10 +177,6 @@ class Run:
             yield
         finally:
             self.is_again = False
-
-
-def _log(norm: float) -> float:
-    return log(norm) if norm > 0 else -inf
 
 
 def _leaves(batch: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from lightning_bharat.health.finding import Finding
 
 IGNORED = -100  # labels that count for no loss
 TOKENS = (torch.int64, torch.int32)
+_WELL: tuple[bool | Tensor, Callable[[], str]] = (False, str)
 
 
 class BatchCheck:
@@ -38,7 +39,8 @@ class BatchCheck:
         """
         leaves = tree_leaves(batch) if leaves is None else leaves
         flags: list[Tensor | bool] = [self._of(leaf) for leaf in leaves] if leaves else [True]
-        return _any(flags), partial(self._described, batch, flags)
+        bad = _any(flags)
+        return _WELL if bad is False else (bad, partial(self._described, batch, flags))
 
     def _of(self, tensor: Any) -> Tensor | bool:
         if not isinstance(tensor, Tensor):

@@ -26,11 +26,6 @@ class Step(NamedTuple):
     reports: int
     bad_batches: int
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradients are."""
-        return isfinite(self.loss) and isfinite(self.norm)
-
 
 class Exchange:
     """The sum over all ranks.
@@ -41,7 +36,7 @@ class Exchange:
 
     def __init__(self, device: torch.device) -> None:
         self._mine = torch.zeros(4, dtype=torch.float64, device=device)
-        # On the CPU numbers go in and out by NumPy's view of it, without operators.
+        # On the CPU they are numbers of Python's, which go in and out by NumPy's view of it, without operators.
         self._view = self._mine.numpy() if device.type == "cpu" else None
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -54,21 +49,14 @@ class Exchange:
             reports: what it has to tell.
             bad_batch: whether its batch is one, which may not be known on the host yet.
         """
-        mine: Any = (loss, squared, reports, bad_batch)
-        if self._view is not None:
-            mine = [number.item() if isinstance(number, Tensor) else number for number in mine]
-        if self._view is None or self._ranks > 1:
-            mine = self._summed(mine)
-        total, square, told, bad = mine
-        norm = sqrt(square) if square >= 0 else square
-        return Step(total / self._ranks, norm, _count(told), _count(bad))
-
-    def _summed(self, mine: Sequence[Any]) -> list[float]:
+        if self._ranks == 1 and self._view is not None:
+            return Step(loss, sqrt(squared), reports, bad_batch)  # type: ignore[arg-type]
         into: Any = self._mine if self._view is None else self._view
-        into[0], into[1], into[2], into[3] = mine
+        into[0], into[1], into[2], into[3] = loss, squared, reports, bad_batch
         if self._ranks > 1:
             dist.all_reduce(self._mine)
-        return into.tolist()
+        total, square, told, bad = into.tolist()
+        return Step(total / self._ranks, sqrt(square), _count(told), _count(bad))
 
 
 def gathered(mine: Any) -> list[Any]:

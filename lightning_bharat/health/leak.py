@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -55,9 +54,10 @@ class LeakDetector:
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        return int(file.read(256).split()[1]) * _PAGE
 
 
 def on_device(device: torch.device) -> int:
-    """Bytes of tensors on ``device`` (0 for the CPU's)."""
-    return 0 if device.type == "cpu" else torch.get_device_module(device).memory_allocated(device)
+    """Bytes of tensors on ``device``, which is not the CPU."""
+    return torch.get_device_module(device).memory_allocated(device)

@@ -31,25 +31,22 @@ class Responder:
 
     def __init__(self, host: str = "") -> None:
         self._socket = socket.create_server((host, 0), backlog=64)
-        self._socket.settimeout(0.5)
-        self._closed = threading.Event()
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, name="health-links", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Listen no more."""
-        self._closed.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # which ends the wait for a connection
         self._thread.join(2)
         self._socket.close()
 
     def _serve(self) -> None:
-        while not self._closed.is_set():
+        while True:
             try:
                 connection, _ = self._socket.accept()
-            except TimeoutError:
-                continue
-            except OSError:
+            except OSError:  # closed
                 return
             with connection, suppress(OSError, struct.error):
                 connection.settimeout(5)

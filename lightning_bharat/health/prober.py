@@ -51,7 +51,10 @@ class Intervals:
 class _Due:
     every: float
     look: Callable[[], None]
-    at: float = field(default_factory=time.monotonic)
+    at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.at = time.monotonic() + self.every
 
 
 class Prober:
@@ -90,7 +93,10 @@ class Prober:
         self._stopped = threading.Event()
         self._sampler: WorkSampler | None = None
         self._stragglers, self._links = StragglerDetector(name), LinkDetector(name)
-        self._leaks = {"the process": leak.LeakDetector(), f"tensors on {device}": leak.LeakDetector()}
+        self._memory: dict[str, Callable[[], int]] = {"the process": leak.resident}
+        if device.type != "cpu":
+            self._memory[f"tensors on {device}"] = partial(leak.on_device, device)
+        self._leaks = {what: leak.LeakDetector() for what in self._memory}
         self._window, self._step, self._turn = time.monotonic(), progress.step, 0
         self._seen: dict[int, str] = {}
         self._responder: Responder | None = None
@@ -136,16 +142,19 @@ class Prober:
             self._responder.close()
 
     def _run(self) -> None:
-        tick = min([TICK if self._sampler else inf, *(due.every / 4 for due in self._dues)])
-        while not self._stopped.wait(tick):
+        while not self._stopped.wait(self._seconds_to_next()):
             if self._sampler:
                 self._sampler.look()
             now = time.monotonic()
             for due in self._dues:
-                if now - due.at >= due.every:
-                    due.at = now
+                if now >= due.at:
+                    due.at = now + due.every
                     with suppress(dist.DistError, OSError):  # the store has ended with the run, or a disk is gone
                         due.look()
+
+    def _seconds_to_next(self) -> float:
+        seconds = min(due.at for due in self._dues) - time.monotonic()
+        return min(max(seconds, 0.0), TICK if self._sampler else inf)
 
     def _all_found(self, look: Callable[[], Iterable[Finding]]) -> None:
         for finding in look():
@@ -159,10 +168,9 @@ class Prober:
         self._report(Finding(finding.kind, message, rank, finding.host, finding.facts))
 
     def _look_for_leaks(self) -> None:
-        for (what, detector), used in zip(
-            self._leaks.items(), (leak.resident(), leak.on_device(self._device)), strict=True
-        ):
-            if (each := detector.look(used)) is not None:
+        for what, held in self._memory.items():
+            used = held()
+            if (each := self._leaks[what].look(used)) is not None:
                 rate = 60 * each / self._every.memory / 2**20
                 words = f"the memory of {what} grows by {rate:.0f} MiB a minute and holds {used / 2**20:.0f} MiB"
                 self._found(Finding("leak", words, facts={"bytes": used}))

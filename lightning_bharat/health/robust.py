@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import combinations
 from statistics import median
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
-def center_and_spread(values: Sequence[float]) -> tuple[float, float]:
+def center_and_spread(values: Collection[float]) -> tuple[float, float]:
     """The median, and the median distance from it in units of a normal distribution's standard deviation (Hampel,
     1974). Half of the values may be anything."""
     middle = center(values)
-    return middle, spread_around(middle, values)
-
-
-def spread_around(middle: float, values: Iterable[float]) -> float:
-    """The second of :func:`center_and_spread`, where the first is known."""
-    return MAD_TO_SIGMA * center([abs(value - middle) for value in values])
+    return middle, MAD_TO_SIGMA * center([abs(value - middle) for value in values])
 
 
 def center(values: Iterable[float]) -> float:
     """The median, faster than by ``statistics.median``."""
-    return center_of_ordered(sorted(values))
-
-
-def center_of_ordered(ordered: Sequence[float]) -> float:
-    """The same of values that are in order."""
+    ordered = sorted(values)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 

@@ -66,8 +66,10 @@ class Watcher:
         self.rank, self.name, self.world_size, self.progress = rank, name, world_size, progress
         self.hang_seconds, self.silence_seconds = hang_seconds, silence_seconds
         self._watched, self._folder, self._verdict, self._flight_record = watched, folder, verdict, flight_record
-        self._interval = min(1.0, min(hang_seconds, silence_seconds) / 10)
         self._store = store.clone() if store is not None else None
+        allowed = min(hang_seconds, silence_seconds) / 10
+        self._interval = min(1.0 if self._store is not None else 3.0, allowed)  # alone it waits for nobody's stacks
+        self._guards_every = min(3.0, allowed)
         if self._store is not None:
             self._store.set_timeout(timedelta(seconds=max(5.0, silence_seconds)))
         self._alarms = 0
@@ -122,7 +124,7 @@ class Watcher:
     def _silent_for(self, other: int) -> float:
         assert self._store is not None
         now = time.monotonic()
-        if not self._store.check([f"beat/{other}"]):
+        if other not in self._heard and not self._store.check([f"beat/{other}"]):
             return 0.0  # it has not begun
         beat = self._store.get(f"beat/{other}").decode()
         before, since = self._heard.get(other, ("", now))
@@ -224,7 +226,7 @@ class Watcher:
     # ---- the thread that sees that the store does not answer
 
     def _guard(self) -> None:
-        while not self._stopped.wait(self._interval):
+        while not self._stopped.wait(self._guards_every):
             silent = time.monotonic() - self._talked
             if silent > self.silence_seconds + self._interval and self._threads[0].is_alive():
                 host = self.name(0) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else "the launcher"

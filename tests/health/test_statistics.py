@@ -10,7 +10,7 @@ import torch
 
 from lightning_bharat.health.drift import BLOCK, EVERY, REFERENCE, DriftDetector
 from lightning_bharat.health.leak import SAMPLES, WINDOWS, LeakDetector
-from lightning_bharat.health.spike import SpikeDetector
+from lightning_bharat.health.spike import RENEWED, SpikeDetector
 from lightning_bharat.health.straggler import WINDOWS as ROUNDS
 from lightning_bharat.health.straggler import StragglerDetector
 
@@ -43,6 +43,14 @@ def test_a_spike_is_found_at_once_and_a_new_level_is_learned() -> None:
     found = [detector.look(usual + 3) for _ in range(100)]
     assert all(far is not None for far in found[:16]) and not any(found[16:])
     assert detector.look(float("nan")) is None
+
+
+def test_a_spike_is_found_however_old_the_last_look_at_the_window_is() -> None:
+    for since in range(2 * RENEWED):
+        detector = SpikeDetector()
+        for loss in [*losses(2, 500, 30), *[2.0] * since]:  # small ones need no look
+            detector.look(loss)
+        assert detector.look(4) is not None
 
 
 def test_memory_that_only_grows_is_a_leak() -> None:

@@ -140,6 +140,7 @@ def test_a_stopped_process_is_in_every_pair_that_fails() -> None:
 
         assert not turn(5) and not turn(5)
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # until it is
         assert not turn(0.2)
         found = turn(0.2)
         assert found[0].startswith("the link between rank 0 on a and rank 1 on b does not answer (the median of all")
