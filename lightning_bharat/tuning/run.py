@@ -114,18 +114,11 @@ def tune(
     """
     if n_trials is None and stop is None and sampler != "grid" and population is None:
         raise BadInput('nothing would end the study: write n_trials=40, or a rule such as stop={"name": "time", ...}')
-    monitors, modes = _listed(monitor), _listed(mode)
-    if len(modes) == 1:
-        modes *= len(monitors)
+    monitors, directions = _metrics(monitor, mode)
     config = None if callable(target) else _config(target, args, seed)
     searched = _space(space, config)
     name = study_name or _name_of(target)
     home = Path(folder or Path("runs", name)).absolute()
-    if len(modes) != len(monitors) or not set(modes) <= _DIRECTIONS.keys():
-        raise BadInput(
-            f'mode={mode!r}: expected "min" or "max", one for all of the {len(monitors)} metrics or for each'
-        )
-    directions = [_DIRECTIONS[one] for one in modes]
     proposals, members = Proposals(searched), None if population is None else Population.read(population)
     if members is not None:
         others = {"monitor": monitor, "pruner": pruner, "sampler": sampler}
@@ -176,8 +169,18 @@ def tune(
     return study
 
 
-def _listed(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _metrics(
+    monitor: str | Sequence[str], mode: Mode | Sequence[Mode]
+) -> tuple[list[str], list[Literal["minimize", "maximize"]]]:
+    """Their names, and the direction of each."""
+    monitors, modes = ([given] if isinstance(given, str) else list(given) for given in (monitor, mode))
+    if len(modes) == 1:
+        modes *= len(monitors)
+    if len(modes) != len(monitors) or not set(modes) <= _DIRECTIONS.keys():
+        raise BadInput(
+            f'mode={mode!r}: expected "min" or "max", one for all of the {len(monitors)} metrics or for each'
+        )
+    return monitors, [_DIRECTIONS[one] for one in modes]
 
 
 def _config(target: str | Path | StudyConfig, args: Sequence[str], seed: int | None) -> StudyConfig:
