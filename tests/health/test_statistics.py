@@ -48,9 +48,9 @@ def test_a_spike_is_found_at_once_and_a_new_level_is_learned() -> None:
 def test_a_spike_is_found_however_old_the_last_look_at_the_window_is() -> None:
     for since in range(2 * RENEWED):
         detector = SpikeDetector()
-        for loss in [*losses(2, 500, 30), *[2.0] * since]:  # small ones need no look
+        for loss in [*losses(2, 500, 30), *[5.0] * since]:  # which is below the median, and needs no look
             detector.look(loss)
-        assert detector.look(4) is not None
+        assert detector.look(detector.usual() + 10) is not None
 
 
 def test_memory_that_only_grows_is_a_leak() -> None:
