@@ -56,7 +56,7 @@ class Copying:
         shown = Improvements(study, self._bandit.numbers, lambda of: self._population.end(of, self._length))
         trials = [trial for _, trial in sorted(places.items())]
         ended = [trial for trial in trials if self._has_shown(trial, generation)]
-        pending = [trial for trial in trials if trial not in ended]
+        pending = [trial for trial in trials if not self._has_shown(trial, generation)]
         seed = random.getrandbits(32)
         try:
             found = self._bandit.explore(donor, shown, ended, pending, lambda v, keys: self.near(v, random, keys), seed)
