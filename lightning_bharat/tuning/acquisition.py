@@ -88,10 +88,11 @@ def _model(
 
 def standardized(losses: Sequence[float]) -> Array:
     """``losses`` with mean 0 and variance 1. Those farther above the median than the best is below it are as far: a run
-    that blew up says no more than that."""
+    that blew up says no more than that. Not where half of them are the best, as an accuracy's may be."""
     values = np.asarray(losses, float)
-    middle = np.median(values)
-    values = np.minimum(values, 2 * middle - values.min())
+    reach = np.median(values) - values.min()
+    if reach > 0:
+        values = np.minimum(values, values.min() + 2 * reach)
     return (values - values.mean()) / (values.std() or 1.0)
 
 

@@ -70,12 +70,11 @@ class Process:
     Args:
         x: (n, coordinates), in the unit cube.
         y: (n,).
-        lengths: of the kernel; found by the marginal likelihood if None.
     """
 
-    def __init__(self, x: Array, y: Array, lengths: Array | None = None) -> None:
+    def __init__(self, x: Array, y: Array) -> None:
         self.x = x
-        self.lengths, self.amplitude, self.noise = _fit(x, y, lengths)
+        self.lengths, self.amplitude, self.noise = _fit(x, y)
         kernel = self.amplitude * _matern(x, x, self.lengths) + (self.noise + _JITTER) * np.eye(len(x))
         self._root = cholesky(kernel, lower=True)
         self._weights = cho_solve((self._root, True), y)
@@ -100,17 +99,17 @@ def _distances(a: Array, b: Array, lengths: Array) -> Array:
     return np.sqrt(5 * np.maximum(squares, 0.0))
 
 
-def _fit(x: Array, y: Array, lengths: Array | None) -> tuple[Array, float, float]:
+def _fit(x: Array, y: Array) -> tuple[Array, float, float]:
     """Lengths, amplitude and noise that make ``y`` likeliest, under weak priors that keep few points from a fit that is
     too sure (lengths about 0.5, noise about 0.02 of the variance)."""
-    free = x.shape[1] if lengths is None else 0
+    free = x.shape[1]
     start = np.array([math.log(0.5)] * free + [0.0, math.log(0.02)])
     width = np.array([1.0] * free + [1.0, 1.5])
     apart = (x[:, None] - x[None]) ** 2
 
     def surprise(theta: Array) -> tuple[float, Array]:
         """And its gradient (Rasmussen and Williams, 2006, Gaussian processes for machine learning, section 5.4.1)."""
-        own = np.exp(theta[:free]) if lengths is None else lengths
+        own = np.exp(theta[:free])
         r, (amplitude, noise) = _distances(x, x, own), np.exp(theta[-2:])
         signal = amplitude * (1 + r + r**2 / 3) * np.exp(-r)
         root = cho_factor(signal + (noise + _JITTER) * np.eye(len(x)), lower=True)
@@ -124,5 +123,4 @@ def _fit(x: Array, y: Array, lengths: Array | None) -> tuple[Array, float, float
 
     bounds = [(math.log(0.05), math.log(10.0))] * free + [(math.log(1e-2), math.log(10.0)), (math.log(1e-4), 0.0)]
     found = minimize(surprise, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60}).x
-    own = np.exp(found[:free]) if lengths is None else lengths
-    return own, math.exp(found[-2]), math.exp(found[-1])
+    return np.exp(found[:free]), math.exp(found[-2]), math.exp(found[-1])

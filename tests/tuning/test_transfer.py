@@ -10,6 +10,7 @@ import optuna
 import pytest
 from optuna.samplers import RandomSampler, TPESampler
 
+from lightning_bharat.tuning.acquisition import standardized
 from lightning_bharat.tuning.transfer import TransferSampler
 
 Objective = Callable[[optuna.Trial], float]
@@ -135,6 +136,12 @@ def test_conditional_parameters_are_matched_by_name() -> None:
         assert next(iter(sampler.weights(target).values())) > 0.3
         found.append(target.best_value)
     assert min(found) < 1e-4  # 0.05 away from the source's best point it would be 0.0025
+
+
+def test_runs_that_blew_up_count_as_far_ones_and_many_equal_best_ones_hide_no_difference() -> None:
+    blown, far = standardized([1.0, 2.0, 3.0, 5.0, 1e9]), standardized([1.0, 2.0, 3.0, 5.0, 5.0])
+    np.testing.assert_allclose(blown, far)
+    assert list(np.sign(standardized([0.1, 0.1, 0.1, 0.9]))) == [-1, -1, -1, 1]
 
 
 def test_running_trials_are_not_proposed_again() -> None:
