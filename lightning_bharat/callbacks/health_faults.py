@@ -32,26 +32,32 @@ class _Seen:
     origin: str = ""
     forward: bool = False
     batch: int = 0
+    numbers_are_known: bool = True
     host: str = field(default_factory=lambda: os.uname().nodename)
 
 
-def why_not_finite(trainer: pl.Trainer, window: Sequence[Kept], replay: Replay | None, name: Name) -> Finding:
+def why_not_finite(
+    trainer: pl.Trainer, window: Sequence[Kept], replay: Replay | None, numbers_are_known: bool, name: Name
+) -> Finding:
     """Names the module that made the first value that is not finite, and the rank. All ranks must call it.
 
     Args:
         replay: runs the step again; ``None`` where that can't be done (a step that optimizes by hand).
+        numbers_are_known: whether it surely draws the same random numbers.
     """
-    mine = _Seen(trainer.global_rank, *not_finite(_named(trainer), piece))
+    mine = _Seen(trainer.global_rank, *not_finite(_named(trainer), piece), numbers_are_known=numbers_are_known)
     for i, kept in enumerate(window if replay is not None else ()):
         assert replay is not None
         origin = Origin()
         with origin.watching(trainer.lightning_module), replay.run([kept]):
             if origin.words and not mine.origin:
                 mine.origin, mine.forward, mine.batch = origin.words, origin.forward, i
-    return _named_first(gathered(mine), trainer.global_step, name, replay is not None)
+    every = gathered(mine)
+    is_same = replay is not None and all(seen.numbers_are_known for seen in every)
+    return _named_first(every, trainer.global_step, name, is_same)
 
 
-def _named_first(every: Sequence[_Seen], step: int, name: Name, was_replayed: bool) -> Finding:
+def _named_first(every: Sequence[_Seen], step: int, name: Name, is_same: bool) -> Finding:
     made = [seen for seen in every if seen.origin]
     first = min(made, key=lambda seen: (seen.batch, not seen.forward), default=None)
     facts = {"weights": any(seen.values for seen in every)}
@@ -67,13 +73,13 @@ def _named_first(every: Sequence[_Seen], step: int, name: Name, was_replayed: bo
     seen = has[0]
     others = f" and {len(seen.gradients) - 1} more" if len(seen.gradients) > 1 else ""
     words = f"the gradient of {seen.gradients[0]}{others} is not finite on {name(seen.rank)} on {seen.host}"
-    if was_replayed:
+    if is_same:
         words += "; computed again it is: a hook or callback has changed it, or a device or link has failed"
     return Finding("nan", f"step {step}: {words}", seen.rank, seen.host, {**facts, "parameter": seen.gradients[0]})
 
 
 def corrupted(
-    trainer: pl.Trainer, window: list[Kept], losses: list[Tensor | float], replay: Replay, name: Name
+    trainer: pl.Trainer, window: list[Kept], losses: list[Tensor], replay: Replay, name: Name
 ) -> list[Finding]:
     """Computes the step again, and compares. All ranks must call it.
 

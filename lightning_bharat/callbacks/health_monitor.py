@@ -128,7 +128,7 @@ class HealthMonitor(pl.Callback):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is nothing to compare
                 self._replicas.on_train_start(trainer, pl_module)
-            self._compares = True
+            self._compares, self._compares_at = True, self._replicas.every_n_train_steps
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
@@ -192,7 +192,8 @@ class HealthMonitor(pl.Callback):
             self._record.to_logger(trainer, gradient_norm=last.norm)
         elif self._record.counts:
             self._record.to_logger(trainer)
-        if self._compares and self._replicas is not None:
+        if self._replicas is not None and self._compares and self._run.steps >= self._compares_at:
+            self._compares_at = self._run.steps + self._replicas.every_n_train_steps
             try:
                 self._replicas.on_train_batch_end(trainer)
             except ReplicaError as error:
@@ -214,6 +215,7 @@ class HealthMonitor(pl.Callback):
     def on_validation_batch_end(self, *_: Any) -> None:
         if self._threads is not None:
             self._passed("a batch of validation")
+            self._run.generators.begin()
 
     def on_save_checkpoint(self, *_: Any) -> None:
         if self._threads is not None:

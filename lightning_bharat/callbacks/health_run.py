@@ -37,6 +37,7 @@ class Run:
         vocab_size: of tokens in batches.
 
     Attributes:
+        generators: where they are when a batch starts.
         inbox: what threads of this rank have found, to be told to all.
         steps: optimizer steps.
         last: what all ranks know of the last one.
@@ -51,6 +52,7 @@ class Run:
         self._device, self._name = trainer.strategy.root_device, rank_name(trainer)
         self._is_on_host, self._world = self._device.type == "cpu", trainer.world_size
         self._exchange = Exchange(self._device)
+        self.generators = random_state.AtBatches(self._device)
         self._check = BatchCheck(vocab_size, policy["data"] == "skip") if policy.wants("data") else None
         self._drift = DriftDetector() if policy.wants("drift") else None
         self._shares: dict[Any, NormShare] = {}
@@ -64,7 +66,7 @@ class Run:
         self._batch_progress = trainer.fit_loop.epoch_loop.batch_progress
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.window: list[Kept] = []
-        self._losses: list[Tensor | float] = []
+        self._losses: list[Tensor] = []
         self._bad: list[tuple[Any, Any, int]] = []
         self.inbox: deque[Finding] = deque()
         self.steps, self.batches = 0, 0
@@ -80,7 +82,8 @@ class Run:
             if is_bad is not False:
                 self._bad.append((is_bad, what, index))
         arguments = (batch, index) if self._takes_index else (batch,)
-        states = random_state.taken(self._device, self._is_computed_again())
+        known = self._recompute_every is None or not self._is_computed_again()
+        states = self.generators.taken(index) if known else random_state.taken(self._device)
         self.window.append(Kept(arguments, states, self._batch_progress.total.ready))
         if self._by_hand and len(self.window) > 1:  # nobody knows when such a step is made
             self.window, self._losses = self.window[-1:], []
@@ -96,7 +99,7 @@ class Run:
 
     def loss_is(self, loss: Tensor) -> None:
         """That of a batch, its share of the accumulated one."""
-        self._losses.append(loss.item() if self._is_on_host else loss.detach())
+        self._losses.append(loss.detach())
 
     def step_of(self, optimizer: Any) -> list[Finding]:
         """What all ranks have found before ``optimizer`` makes a step; the same on all."""
@@ -127,13 +130,16 @@ class Run:
         return found
 
     def _exchanged(self, optimizer: Any) -> Step:
+        squared = self._squared(optimizer)
         loss: Any = self._losses[0] if len(self._losses) == 1 else sum(self._losses)
+        if self._is_on_host and self._losses:
+            loss = loss.item()
         if self._scaler is not None:
             loss = loss / self._scaler.get_scale()
         bad: Any = False
         for is_bad, _, _ in self._bad:
             bad = is_bad if bad is False else bad | is_bad
-        return self._exchange.step(loss, self._squared(optimizer), len(self.inbox), bad)
+        return self._exchange.step(loss, squared, len(self.inbox), bad)
 
     def _squared(self, optimizer: Any) -> Tensor | float:
         """This rank's share of the squared norm."""
@@ -156,7 +162,7 @@ class Run:
     def _not_finite(self, optimizer: Any) -> Finding:
         replay = None if self._by_hand else Replay(self.trainer, optimizer)
         with self._again():
-            return why_not_finite(self.trainer, self.window, replay, self._name)
+            return why_not_finite(self.trainer, self.window, replay, self.generators.are_known(), self._name)
 
     def _look_for_spikes(self, optimizer: Any, step: Step, found: list[Finding]) -> None:
         losses, norms = self._spikes[optimizer]

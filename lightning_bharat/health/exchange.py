@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +36,13 @@ class Exchange:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._mine = torch.zeros(4, dtype=torch.float64, device=device)
-        # On the CPU they are numbers of Python's, which go in and out by NumPy's view of it, without operators.
-        self._view = self._mine.numpy() if device.type == "cpu" else None
+        # On the CPU they are numbers of Python's, which go in and out of an array, without operators.
+        self._array = array("d", [0.0] * 4) if device.type == "cpu" else None
+        self._mine = (
+            torch.zeros(4, dtype=torch.float64, device=device)
+            if self._array is None
+            else torch.frombuffer(self._array, dtype=torch.float64)
+        )
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
 
     def step(self, loss: Tensor | float, squared: Tensor | float, reports: int, bad_batch: Tensor | bool) -> Step:
@@ -49,14 +54,14 @@ class Exchange:
             reports: what it has to tell.
             bad_batch: whether its batch is one, which may not be known on the host yet.
         """
-        if self._ranks == 1 and self._view is not None:
+        if self._ranks == 1 and self._array is not None:
             return Step(loss, sqrt(squared), reports, bad_batch)  # type: ignore[arg-type]
-        into: Any = self._mine if self._view is None else self._view
+        into: Any = self._mine if self._array is None else self._array
         into[0], into[1], into[2], into[3] = loss, squared, reports, bad_batch
         if self._ranks > 1:
-            dist.all_reduce(self._mine)
+            dist.all_reduce(self._mine)  # not the group's own method: by torch's frame it is seen that a rank waits
         total, square, told, bad = into.tolist()
-        return Step(total / self._ranks, sqrt(square), _count(told), _count(bad))
+        return Step(total / self._ranks, sqrt(square), int(told), int(bad))
 
 
 def gathered(mine: Any) -> list[Any]:
@@ -71,7 +76,3 @@ def gathered(mine: Any) -> list[Any]:
 def flat(of_ranks: Sequence[list[Any]]) -> list[Any]:
     """One list of all."""
     return [entry for of_rank in of_ranks for entry in of_rank]
-
-
-def _count(number: float) -> int:
-    return round(number) if isfinite(number) else 0

@@ -27,7 +27,7 @@ class Computed:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, losses: Iterable[Tensor | float], named: Iterable[tuple[str, Tensor]], local: Callable[[Tensor], Tensor]
+        cls, losses: Iterable[Tensor], named: Iterable[tuple[str, Tensor]], local: Callable[[Tensor], Tensor]
     ) -> Computed:
         """Of parameters as they are now; gradients are not copied."""
         found = {name: local(p.grad) for name, p in named if not p.is_meta and p.grad is not None}
