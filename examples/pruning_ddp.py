@@ -27,7 +27,7 @@ class Regression(L.LightningModule):
 
     def __init__(self, trial: Any) -> None:
         super().__init__()
-        self.number, self.lr = trial.number, trial.suggest_float("lr", 1e-3, 0.3, log=True)
+        self.number, self.lr = trial.number, trial.suggest_float("lr", 1e-3, 0.1, log=True)
         self.layers = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
 
     def on_train_start(self) -> None:
